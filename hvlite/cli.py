@@ -1,0 +1,325 @@
+"""The command line: each command is one call; stdout is the result, stderr the talk, the exit code a
+contract.
+
+Nothing here imports torch at the top: `--help` and the first line appear at once.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from hvlite import paths
+from hvlite.errors import ExitCode, HvliteError, RequestError
+from hvlite.profile import Dtype, Profile, load_profile
+from hvlite.progress import Interrupted, Talk, interruptible, print_json
+from hvlite.request import MAX_SEED, Request, Template, resolved_from
+
+if TYPE_CHECKING:
+    from hvlite.line import Outputs
+    from hvlite.opened import Model
+
+app = App(
+    name="hvlite",
+    help="HunyuanVideo text to video in a memory budget that you name.",
+    version_flags=["--version"],
+    result_action="return_value",
+    default_parameter=Parameter(negative=()),
+)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RequestFlags:
+    """What to render. Left out, the model's default applies."""
+
+    size: Annotated[tuple[int, int] | None, Parameter(name=["--size", "--video-size"])] = None
+    """Height and width in pixels, multiples of 16 (hunyuanvideo: 720 1280)."""
+    frames: Annotated[int | None, Parameter(name=["--frames", "--video-length"])] = None
+    """Frames, 4k+1 (hunyuanvideo: 129). One frame makes a PNG."""
+    steps: Annotated[int | None, Parameter(name=["--steps", "--infer-steps"])] = None
+    """Denoising steps (hunyuanvideo: 50)."""
+    guidance: Annotated[float | None, Parameter(name=["--guidance", "--embedded-cfg-scale"])] = None
+    """Guidance that the model was distilled with (6.0)."""
+    flow_shift: float | None = None
+    """Shift of the noise schedule (7.0)."""
+    flow_reverse: Annotated[bool | None, Parameter(negative="--no-flow-reverse")] = None
+    """The schedule from noise to data; the released weights need it, so it is on."""
+    negative_prompt: Annotated[str | None, Parameter(name=["--negative-prompt", "--neg-prompt"])] = None
+    """What to avoid; needs --cfg-scale above 1."""
+    cfg_scale: float | None = None
+    """True two-pass guidance above 1.0; doubles the work (1.0)."""
+    seed: int | None = None
+    """0 to 2^63-1; -1 draws one (0)."""
+    template: Template | None = None
+    """What the text encoder is told to describe (by frames: image for one, else video)."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """With which weights, where."""
+
+    model: str | None = None
+    """`shapes` (embedded), `hunyuanvideo`, or a checkpoint folder."""
+    dit: Annotated[Path | None, Parameter(name=["--dit", "--dit-weight"])] = None
+    """A transformer file or folder that replaces the model's."""
+    vae: Path | None = None
+    """A VAE file or folder that replaces the model's."""
+    text_encoder: Path | None = None
+    """A Llama file or folder that replaces the model's."""
+    text_encoder_2: Path | None = None
+    """A CLIP file or folder that replaces the model's."""
+    profile: str | None = None
+    """How memory is used; the names are the files of profiles/."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or meta (by default the CUDA device with most free memory, else cpu)."""
+    dtype: Dtype | None = None
+    """What the transformer computes in (by profile)."""
+    attention: Literal["sdpa", "flash", "sage"] | None = None
+    """Attention back end (flash-attn where it is installed, else torch's fused kernels)."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """Where results go, and what is said."""
+
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+    """The file to write (.mp4, or .png for one frame); it must not exist."""
+    save_path: Path = paths.DEFAULT_OUTPUT
+    """The folder for files that are not named by --output."""
+    save_latents: Path | None = None
+    """Keep the final latents in this file."""
+    json: bool = False
+    """Events as JSON lines on stdout."""
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"])] = False
+    """Say nothing but errors."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@app.command
+def gen(
+    prompt: str | None = None,
+    *,
+    what: RequestFlags | None = None,
+    how: ModelFlags | None = None,
+    where: OutputFlags | None = None,
+    like: Path | None = None,
+    num_videos: int = 1,
+    use_cpu_offload: bool = False,
+) -> int:
+    """Render a prompt to a file, now, in this process.
+
+    Parameters
+    ----------
+    prompt
+        What to draw.
+    like
+        Take every setting from this file's metadata; flags given beside it win.
+    num_videos
+        Clips with seeds seed, seed+1, ...
+    use_cpu_offload
+        Accepted as in the published tool; hvlite always loads the parts one after the other.
+    """
+    what, how, where = what or RequestFlags(), how or ModelFlags(), where or OutputFlags()
+    talk = Talk(quiet=where.quiet, as_json=where.json)
+    request, model_name = _request_from(prompt, what, like)
+    name = how.model or model_name or _default_model(talk)
+    if num_videos < 1:
+        raise RequestError(f"--num-videos must be at least 1; got {num_videos}")
+    if num_videos > 1 and where.output is not None:
+        raise RequestError(f"--output names one file, --num-videos asks for {num_videos}; use --save-path FOLDER")
+    seeds = ", ".join(str(request.seed + index) for index in range(num_videos))
+    talk.say(f"model {name}, seed {seeds}: {request.prompt}")
+    if use_cpu_offload:
+        talk.say("--use-cpu-offload changes nothing: parts are always loaded one after the other")
+    with interruptible(talk) as stop, _opened(name, how, talk) as model:
+        from hvlite.line import encode_prompts, generate, prompts_of
+
+        resolved = request.resolve(model.dims)
+        prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if num_videos > 1 else None
+        for index in range(num_videos):
+            clip = replace(request, seed=request.seed + index)
+            outputs = _outputs(where, index, num_videos)
+            stop.follow(generate(clip, model, outputs=outputs, prompts=prompts))
+    return ExitCode.DONE
+
+
+@app.command
+def decode(latents: Path, *, how: ModelFlags | None = None, where: OutputFlags | None = None) -> int:
+    """Finish a clip from saved latents; they carry the whole request.
+
+    Parameters
+    ----------
+    latents
+        A file written by --save-latents, or kept when a decode failed.
+    """
+    how, where = how or ModelFlags(), where or OutputFlags()
+    talk = Talk(quiet=where.quiet, as_json=where.json)
+    name = how.model or _default_model(talk)
+    with interruptible(talk) as stop, _opened(name, how, talk) as model:
+        from hvlite.line import decode_file
+
+        stop.follow(decode_file(latents, model, _outputs(where, 0, 1)))
+    return ExitCode.DONE
+
+
+@app.command
+def info(file: Path, *, json: bool = False) -> int:
+    """Show how a file was made.
+
+    Parameters
+    ----------
+    file
+        An .mp4 or .png that hvlite wrote.
+    json
+        One object on stdout.
+    """
+    from hvlite.video.mp4 import read_metadata
+
+    metadata = _parsed(file, read_metadata(file))
+    if json:
+        print_json(metadata)
+        return ExitCode.DONE
+    for section in (metadata.pop("request", {}), metadata):
+        for key, value in section.items():
+            shown = value if isinstance(value, str | int | float) else _compact(value)
+            print(f"{key:16} {shown}")
+    return ExitCode.DONE
+
+
+def main() -> None:
+    """Run the command line; every error ends in one line and its exit code."""
+    if sys.platform == "win32":
+        print("hvlite: error: native Windows is not supported; use WSL2 (see README)", file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
+    arguments = sys.argv[1:]
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False)
+        code = result if isinstance(result, int) else ExitCode.DONE
+    except CycloptsError as error:
+        code = _report(f"{error} See hvlite --help.", ExitCode.USAGE, arguments)
+    except HvliteError as error:
+        code = _report(str(error), error.exit_code, arguments)
+    except Interrupted as stop:
+        code = stop.code
+    except KeyboardInterrupt:
+        print("hvlite: interrupted", file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.FAILED
+    except Exception as error:
+        log = _log_traceback(error)
+        code = _report(f"{type(error).__name__}: {error} (traceback: {log})", ExitCode.FAILED, arguments)
+    sys.exit(code)
+
+
+def _report(message: str, code: ExitCode, arguments: list[str]) -> ExitCode:
+    print(f"hvlite: error: {' '.join(message.split())}", file=sys.stderr)
+    if "--debug" in arguments:
+        traceback.print_exc()
+    return code
+
+
+def _log_traceback(error: Exception) -> Path | None:
+    """The traceback goes to a file; None if that cannot be written."""
+    path = paths.logs_folder() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return None
+    return path
+
+
+def _default_model(talk: Talk) -> str:
+    """hunyuanvideo where it is downloaded, else the embedded model, saying so."""
+    if (paths.models_folder() / "hunyuanvideo").is_dir():
+        return "hunyuanvideo"
+    talk.say("no model named and none downloaded: using the embedded model `shapes` (64x64 test clips)")
+    return "shapes"
+
+
+def _request_from(prompt: str | None, what: RequestFlags, like: Path | None) -> tuple[Request, str | None]:
+    """The Request of flags over `--like`, and the model that file was made with."""
+    given: dict[str, Any] = {key: value for key, value in vars(what).items() if value is not None}
+    if given.get("seed") == -1:
+        given["seed"] = random.SystemRandom().randrange(MAX_SEED)
+    if prompt is not None:
+        given["prompt"] = prompt
+    if like is None:
+        if prompt is None:
+            raise RequestError('a prompt is missing: hvlite gen "a red circle moving left on a black background"')
+        return Request(**given), None
+    from hvlite.video.mp4 import read_metadata
+
+    metadata = _parsed(like, read_metadata(like))
+    base = resolved_from(metadata.get("request")).as_request()
+    return replace(base, **given), metadata.get("model", {}).get("name")
+
+
+def _parsed(file: Path, metadata: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(metadata)
+    except json.JSONDecodeError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise RequestError(f"{file} has a comment that is not hvlite's metadata")
+    return parsed
+
+
+@contextmanager
+def _opened(name: str, how: ModelFlags, talk: Talk) -> Iterator["Model"]:
+    """The model on its device, with the flags laid over the profile."""
+    from hvlite.memory.device import choose_device, unused_card_note
+    from hvlite.opened import open_model
+
+    device = choose_device(how.device)
+    if how.device is None and (note := unused_card_note()):
+        talk.say(note)
+    profile = _profile(how, "24g" if device.type in ("cuda", "meta") else "cpu")
+    files = {
+        "dit": how.dit,
+        "vae": how.vae,
+        "text_encoder": how.text_encoder,
+        "text_encoder_2": how.text_encoder_2,
+    }
+    with open_model(name, profile, str(device), **files) as model:
+        yield model
+
+
+def _profile(how: ModelFlags, default: str) -> Profile:
+    return load_profile(how.profile or default, dtype=how.dtype, attention=how.attention)
+
+
+def _outputs(where: OutputFlags, index: int, count: int) -> "Outputs":
+    from hvlite.line import Outputs
+
+    latents = where.save_latents
+    if latents is not None and count > 1:
+        latents = latents.with_stem(f"{latents.stem}-{index}")
+    return Outputs(target=where.output or where.save_path, latents=latents)
+
+
+def _compact(value: object) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {_compact(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "x".join(str(item) for item in value)
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Text conditioning: a prompt -> Llama's states [l,width] and CLIP's pooled vector [P] (spec 4).
+
+Tokenising is apart from running, so that what a prompt loses is known before any weight moves. Nothing is
+padded: both encoders are causal, so the true tokens alone give the published states. The modules are
+transformers' own, built empty, with only the layers that are used; whoever loads weights assigns parameters.
+
+Never call `.to(dtype)` on these modules: it would round the RoPE frequencies too, which stay in fp32.
+"""
+
+# l tokens of one prompt  P pooled width
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
+
+from hvlite.dims import ClipDims, LlamaDims
+from hvlite.errors import RequestError, WeightsError
+from hvlite.events import Note
+
+TEXT_TOKENS = 256
+# Configs written before 2023 hold this instead of CLIP's end token; transformers then takes the highest id.
+LEGACY_EOS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTemplate:
+    """What Llama reads around a prompt; `prefix` is `published_crop` tokens of the published tokenizer."""
+
+    name: str
+    prefix: str
+    suffix: str
+    published_crop: int
+
+
+def _template(name: str, instruction: str, published_crop: int) -> TextTemplate:
+    return TextTemplate(
+        name=name,
+        prefix=(
+            f"<|start_header_id|>system<|end_header_id|>\n\n{instruction}<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n"
+        ),
+        suffix="<|eot_id|>",
+        published_crop=published_crop,
+    )
+
+
+# The published wording, missing spaces and all: any change moves every state.
+TEMPLATES = {
+    "video": _template(
+        "video",
+        "Describe the video by detailing the following aspects: 1. The main content and theme of the video."
+        "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+        "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+        "4. background environment, light, style and atmosphere."
+        "5. camera angles, movements, and transitions used in the video:",
+        published_crop=95,
+    ),
+    "image": _template(
+        "image",
+        "Describe the image by detailing the color, shape, size, texture, quantity, text, "
+        "spatial relationships of the objects and background:",
+        published_crop=36,
+    ),
+}
+
+
+def text_template(name: str) -> TextTemplate:
+    """The published template `video` or `image`."""
+    if name not in TEMPLATES:
+        raise RequestError(f'template must be {" or ".join(TEMPLATES)}; got "{name}"')
+    return TEMPLATES[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTokens:
+    """One prompt as one encoder reads it: its first `crop` ids are the template's, `cut` ids did not fit."""
+
+    ids: tuple[int, ...]
+    crop: int = 0
+    cut: int = 0
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptStates:
+    """What the transformer is told: text [l,width] without padding and template, pooled [P]."""
+
+    text: Tensor
+    pooled: Tensor
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders:
+    """Both encoders with their tokenizers. `device` is where token ids go; None: where the embeddings lie."""
+
+    llama: LlamaModel
+    llama_tokenizer: PreTrainedTokenizerFast
+    clip: CLIPTextModel
+    clip_tokenizer: PreTrainedTokenizerFast
+    device: torch.device | None = None
+
+
+def build_llama(dims: LlamaDims, dtype: torch.dtype = torch.float32) -> LlamaModel:
+    """The used layers, with empty (meta) parameters and no final norm: they end in `hidden_states[-3]`."""
+    config = LlamaConfig(
+        vocab_size=dims.vocabulary,
+        hidden_size=dims.hidden,
+        intermediate_size=dims.mlp_hidden,
+        num_hidden_layers=dims.used_layers,
+        num_attention_heads=dims.heads,
+        num_key_value_heads=dims.kv_heads,
+        rms_norm_eps=dims.rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta},
+        max_position_embeddings=dims.max_positions,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa"
+    with init_empty_weights(include_buffers=False):
+        llama = LlamaModel(config)
+    llama.add_module("norm", nn.Identity())
+    _freeze_empty(llama, dtype)
+    return llama
+
+
+def build_clip(dims: ClipDims, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+    """CLIP's text tower with empty (meta) parameters, without projection."""
+    config = CLIPTextConfig(
+        vocab_size=dims.vocabulary,
+        hidden_size=dims.hidden,
+        intermediate_size=dims.mlp_hidden,
+        num_hidden_layers=dims.layers,
+        num_attention_heads=dims.heads,
+        max_position_embeddings=dims.positions,
+        hidden_act=dims.activation,
+        layer_norm_eps=dims.layer_norm_eps,
+        eos_token_id=dims.eos_token,
+    )
+    config._attn_implementation = "sdpa"
+    with init_empty_weights(include_buffers=False):
+        clip = CLIPTextModel(config)
+    _freeze_empty(clip, dtype)
+    return clip
+
+
+def _freeze_empty(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the empty parameters their dtype; buffers keep theirs."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            owner.register_parameter(name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    module.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local folder: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
+
+    The class is chosen by the files alone: nothing in the folder can name code to run or reach the network.
+    """
+    kind: type[PreTrainedTokenizerFast]
+    if (folder / "tokenizer.json").is_file():
+        kind = PreTrainedTokenizerFast
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        kind = CLIPTokenizer
+    else:
+        raise WeightsError(
+            f"{folder} holds no tokenizer: found neither tokenizer.json nor vocab.json with merges.txt. "
+            "Copy the tokenizer's files there from the model's repository."
+        )
+    try:
+        tokenizer: PreTrainedTokenizerFast = kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for a malformed file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"the tokenizer in {folder} cannot be read: {reason}. Copy its files again from the model's repository."
+        ) from error
+    return tokenizer
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str, template: TextTemplate) -> PromptTokens:
+    """The prompt in its template, for Llama: 256 tokens after the template, a longer prompt loses its tail.
+
+    Names of special tokens in a prompt are read as those tokens, as published, and noted. What stands before
+    the prompt never depends on it (WeightsError if the tokenizer would let it).
+    """
+    prompt = _clean(prompt)
+    prefix = _with_bos(tokenizer, template.prefix)
+    every = _with_bos(tokenizer, template.prefix + prompt + template.suffix)
+    crop = len(prefix)
+    if every[:crop] != prefix:
+        same = next(i for i, token in enumerate(prefix) if every[i : i + 1] != [token])
+        raise WeightsError(
+            f"the {template.name} template alone is {crop} tokens, only {same} of them open the whole text: "
+            "this tokenizer merges template and prompt. Use the one that came with the text encoder."
+        )
+    if len(every) == crop:
+        raise RequestError(
+            f"the prompt is empty: 0 tokens follow the {crop} of the {template.name} template, 1 is needed. "
+            "Write a prompt."
+        )
+    ids, rest = every[: crop + TEXT_TOKENS], every[crop + TEXT_TOKENS :]
+    return PromptTokens(
+        ids=tuple(ids),
+        crop=crop,
+        cut=len(rest),
+        notes=_notes(tokenizer, prompt, "text encoder", len(ids) - crop, rest),
+    )
+
+
+def pooled_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str, positions: int) -> PromptTokens:
+    """The bare prompt, for CLIP: at most `positions` tokens, the last of them always the end token."""
+    prompt = _clean(prompt)
+    every = _ids(tokenizer, prompt)
+    rest: list[int] = []
+    if len(every) > positions:
+        every, rest = [*every[: positions - 1], every[-1]], every[positions - 1 : -1]
+    return PromptTokens(
+        ids=tuple(every),
+        cut=len(rest),
+        notes=_notes(tokenizer, prompt, "pooled text encoder", len(every), rest),
+    )
+
+
+def _clean(prompt: str) -> str:
+    """The prompt, stripped as the reference does; RequestError if it holds half a surrogate pair."""
+    broken = next((i for i, char in enumerate(prompt) if 0xD800 <= ord(char) <= 0xDFFF), None)
+    if broken is not None:
+        raise RequestError(
+            f"character {broken + 1} of {len(prompt)} of the prompt is no text (U+{ord(prompt[broken]):X}): "
+            "it was not UTF-8 where it came from. Write it again in UTF-8."
+        )
+    return prompt.strip()
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, padding=False, truncation=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids that begin with the tokenizer's bos, which transformers 5 forgets if only a config asks for it."""
+    ids, bos = _ids(tokenizer, text), tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _notes(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, reader: str, read: int, rest: list[int]
+) -> tuple[Note, ...]:
+    """What a user should know: words that did not fit, names of special tokens in the prompt."""
+    notes = []
+    lost = str(tokenizer.decode(rest, skip_special_tokens=True)).strip() if rest else ""
+    if lost:
+        shown = textwrap.shorten(lost, width=60, placeholder=" ...")
+        found = read + len(rest)
+        notes.append(Note(f'the {reader} reads {read} tokens, the prompt has {found}: it ignores "{shown}"'))
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = ", ".join(sorted(name for name in special if name in prompt))
+    if names:
+        notes.append(Note(f"the {reader} reads {names} in the prompt as control tokens, not as text"))
+    return tuple(notes)
+
+
+@torch.no_grad()
+def encode_text(llama: LlamaModel, tokens: PromptTokens, device: torch.device | None = None) -> Tensor:
+    """States [l,width] of the prompt's own tokens, in the weights' dtype.
+
+    The layers are walked here, not by `llama(...)`: its mask code reads values, which meta tensors have not.
+    """
+    # Without a mask sdpa is causal, but transformers' eager attention would see every token.
+    assert llama.config._attn_implementation == "sdpa"
+    ids = _id_tensor(tokens, llama.embed_tokens, device)
+    x = llama.embed_tokens(ids)
+    rotary = llama.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+    for layer in llama.layers:
+        x = layer(x, position_embeddings=rotary)
+    states: Tensor = x[0, tokens.crop :].clone()
+    return states
+
+
+@torch.no_grad()
+def encode_pooled(clip: CLIPTextModel, tokens: PromptTokens, device: torch.device | None = None) -> Tensor:
+    """The final layer norm's output [P] at the first end token, not projected."""
+    eos = clip.config.eos_token_id
+    if eos != LEGACY_EOS and eos not in tokens.ids:
+        raise WeightsError(
+            f"the pooled text encoder needs end token {eos}, its tokenizer ends with {tokens.ids[-1:]}: "
+            "they do not belong together. Use the tokenizer that came with the encoder."
+        )
+    ids = _id_tensor(tokens, clip.embeddings.token_embedding, device)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    pooled: Tensor = clip(input_ids=ids, position_ids=positions).pooler_output[0]
+    return pooled
+
+
+def _id_tensor(tokens: PromptTokens, embedding: nn.Embedding, device: torch.device | None) -> Tensor:
+    highest = max(tokens.ids)
+    if highest >= embedding.num_embeddings:
+        raise WeightsError(
+            f"the tokenizer gives token {highest}, the encoder has {embedding.num_embeddings} tokens: "
+            "they do not belong together. Use the tokenizer that came with the encoder."
+        )
+    return torch.tensor([tokens.ids], device=device or embedding.weight.device)
+
+
+def encode_prompts(prompts: Sequence[str], encoders: TextEncoders, template: TextTemplate) -> list[PromptStates]:
+    """The states of each prompt, each encoded alone, so that no bit depends on which others are asked for."""
+    assert not isinstance(prompts, str)
+    states = {prompt: _encode_prompt(prompt, encoders, template) for prompt in dict.fromkeys(prompts)}
+    return [states[prompt] for prompt in prompts]
+
+
+def _encode_prompt(prompt: str, encoders: TextEncoders, template: TextTemplate) -> PromptStates:
+    text = text_tokens(encoders.llama_tokenizer, prompt, template)
+    pooled = pooled_tokens(encoders.clip_tokenizer, prompt, encoders.clip.config.max_position_embeddings)
+    return PromptStates(
+        text=encode_text(encoders.llama, text, encoders.device),
+        pooled=encode_pooled(encoders.clip, pooled, encoders.device),
+        notes=(*text.notes, *pooled.notes),
+    )
+
+
+def meta_prompt_states(llama: LlamaModel, clip: CLIPTextModel, template: TextTemplate) -> PromptStates:
+    """Run the encoders on the longest prompt of the published tokenizers, without any tokenizer, on meta."""
+    device = torch.device("meta")
+    text = PromptTokens(ids=(0,) * (template.published_crop + TEXT_TOKENS), crop=template.published_crop)
+    eos = clip.config.eos_token_id
+    assert isinstance(eos, int)
+    pooled = PromptTokens(ids=(0,) * (clip.config.max_position_embeddings - 1) + (eos,))
+    return PromptStates(text=encode_text(llama, text, device), pooled=encode_pooled(clip, pooled, device))

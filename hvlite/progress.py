@@ -1,0 +1,190 @@
+"""What a command says while it works: progress and notes on stderr, results on stdout; and how signals end
+it.
+
+On a terminal a bar for each stage, elsewhere a plain line at every tenth or every minute.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hvlite.errors import ExitCode
+from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, TileDone
+
+PLAIN_SECONDS = 60.0
+
+
+class Interrupted(Exception):
+    """A signal ended the work in good order."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Talk:
+    """All that a command says."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+        self.console = Console(stderr=True, highlight=False)
+        self.meter: Meter | None = None
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        if not self.quiet:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def result(self, text: str) -> None:
+        """One line on stdout."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def event(self, event: Event) -> None:
+        """Show one event of the engine."""
+        if self.as_json:
+            print_json({"event": type(event).__name__, **msgspec.to_builtins(event, enc_hook=str)})
+        match event:
+            case Note(text):
+                self.say(text)
+            case Stage():
+                self.close()
+            case BlockDone():
+                done = event.step * event.blocks + event.block + 1
+                where = f"step {event.step + 1}/{event.steps} block {event.block + 1}/{event.blocks}"
+                self._advance("denoise", done, event.steps * event.blocks, where)
+            case TileDone():
+                self._advance("decode", event.tile + 1, event.tiles, f"tile {event.tile + 1}/{event.tiles}")
+            case Saved("latents", path):
+                self.close()
+                self.say(f"latents saved: {path}")
+            case Finished(path, timings):
+                self.close()
+                self.say("done: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items()))
+                if path is not None and not self.as_json:
+                    self.result(str(path))
+            case _:
+                pass
+
+    def close(self) -> None:
+        """End the running bar."""
+        if self.meter is not None:
+            self.meter.close()
+            self.meter = None
+
+    def _advance(self, stage: str, done: int, total: int, where: str) -> None:
+        if self.quiet:
+            return
+        if self.meter is None:
+            self.meter = Bar(self.console, stage) if self.console.is_terminal else Plain(self, stage)
+        self.meter.show(done, total, where)
+
+
+class Bar:
+    """A bar with elapsed and remaining time, for a terminal."""
+
+    def __init__(self, console: Console, stage: str) -> None:
+        columns = (
+            TextColumn("{task.fields[stage]:8}"),
+            BarColumn(),
+            TextColumn("{task.fields[where]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task: TaskID = self.progress.add_task(stage, total=None, stage=stage, where="")
+        self.progress.start()
+
+    def show(self, done: int, total: int, where: str) -> None:
+        self.progress.update(self.task, completed=done, total=total, where=where)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+class Plain:
+    """A line at every tenth of the work and at every minute, for logs."""
+
+    def __init__(self, talk: Talk, stage: str) -> None:
+        self.talk = talk
+        self.stage = stage
+        self.began = self.spoke = time.monotonic()
+        self.tenth = 0
+
+    def show(self, done: int, total: int, where: str) -> None:
+        now, tenth = time.monotonic(), 10 * done // total
+        if tenth == self.tenth and now - self.spoke < PLAIN_SECONDS:
+            return
+        self.tenth, self.spoke = tenth, now
+        left = (now - self.began) / done * (total - done)
+        self.talk.say(f"{self.stage} {100 * done // total:3d} %  {where}  eta {_clock(left)}")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+Meter = Bar | Plain
+
+
+class Stop:
+    """What a signal asked for; while `deferred` the first one only sets `code`, else work ends at once."""
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk = talk
+        self.deferred = False
+        self.code: ExitCode | None = None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+        if self.code is not None or not self.deferred:
+            raise Interrupted(code)
+        self.code = code
+        self.talk.say("stopping at the next block or tile (once more: stop now)")
+
+    def follow(self, stream: Generator[Event, None, None]) -> None:
+        """Show every event; end the stream between two blocks or tiles when a signal has asked for that."""
+        try:
+            for event in stream:
+                self.talk.event(event)
+                if isinstance(event, Stage):
+                    self.deferred = event.name in ("denoise", "decode")
+                if self.code is not None and isinstance(event, BlockDone | TileDone):
+                    raise Interrupted(self.code)
+        finally:
+            self.deferred = False
+            stream.close()
+
+
+@contextmanager
+def interruptible(talk: Talk) -> Iterator[Stop]:
+    """SIGINT and SIGTERM end the work in good order."""
+    stop = Stop(talk)
+    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        talk.close()
+
+
+def print_json(value: object) -> None:
+    """One JSON object on one line of stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,112 @@
+"""What each module drags in, seen in fresh processes, where deferred imports count too.
+
+The contracts of pyproject.toml say the same about the source text; a static graph cannot see `importlib` or a
+package that imports torch by itself.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hvlite"
+
+# The torch-free modules of the design, and `cli`, which imports torch inside commands only. Absent ones come
+# later.
+LIGHT = (
+    "hvlite",
+    "hvlite.errors",
+    "hvlite.paths",
+    "hvlite.telemetry",
+    "hvlite.dims",
+    "hvlite.events",
+    "hvlite.profile",
+    "hvlite.request",
+    "hvlite.memory.plan",
+    "hvlite.jobs.job",
+    "hvlite.jobs.store",
+    "hvlite.jobs.batch",
+    "hvlite.jobs.eta",
+    "hvlite.tui",
+    "hvlite.tui.app",
+    "hvlite.progress",
+    "hvlite.cli",
+)
+HEAVY = (
+    "accelerate",
+    "av",
+    "bitsandbytes",
+    "diffusers",
+    "numpy",
+    "optimum",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+# Imports the modules one after the other and prints the first one that brings each heavy package.
+FIND_CULPRITS = """
+import importlib, json, sys
+modules, heavy = json.loads(sys.argv[1])
+culprits = {}
+for module in modules:
+    importlib.import_module(module)
+    for name in heavy:
+        if name in sys.modules:
+            culprits.setdefault(name, module)
+print(json.dumps(culprits))
+"""
+
+# Imports the large libraries once, then each module in a forked child that has seen none of hvlite: as good
+# as a fresh process each, in a fraction of the time.
+IMPORT_ALONE = """
+import importlib, json, os, sys
+for library in ("torch", "transformers", "av"):
+    importlib.import_module(library)
+for module in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(module)
+        except BaseException as error:
+            print(f"{module}: {error!r}", flush=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status != 0:
+        print(f"{module}: ended with status {status}", flush=True)
+"""
+
+
+def modules_present() -> list[str]:
+    """Every module of the package, by its dotted name."""
+    names = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def run_python(script: str, argument: object) -> str:
+    """Run `script` in a fresh interpreter in the checkout -> what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(argument)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_front_ends_and_arithmetic_leave_the_heavy_libraries_alone() -> None:
+    present = modules_present()
+    light = [module for module in LIGHT if module in present]
+    assert "hvlite" in light
+
+    assert json.loads(run_python(FIND_CULPRITS, (light, HEAVY))) == {}
+
+
+def test_each_module_imports_on_its_own() -> None:
+    assert run_python(IMPORT_ALONE, modules_present()) == ""
