@@ -130,7 +130,7 @@ def _publish(temporary: Path, handle: int, path: Path, name: Callable[[Path, Pat
     with explained(path):
         os.fsync(handle)
         named = name(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     return named
 
 
@@ -162,7 +162,8 @@ def _rename_exclusively(temporary: Path, path: Path) -> None:
         os.unlink(temporary)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` as lasting as the files they stand for."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)

@@ -4,7 +4,6 @@ contract.
 Nothing here imports torch at the top: `--help` and the first line appear at once.
 """
 
-import json
 import os
 import random
 import sys
@@ -20,13 +19,15 @@ from cyclopts import App, CycloptsError, Parameter
 
 from hvlite import paths
 from hvlite.errors import ExitCode, HvliteError, RequestError
-from hvlite.profile import Dtype, Profile, load_profile
-from hvlite.progress import Interrupted, Talk, interruptible, print_json
-from hvlite.request import MAX_SEED, Request, Template, resolved_from
+from hvlite.progress import Interrupted, Talk, interruptible, print_json, printable
+from hvlite.request import MAX_SEED, Request, Template
 
 if TYPE_CHECKING:
     from hvlite.line import Outputs
+    from hvlite.metadata import Metadata, ModelMade
     from hvlite.opened import Model
+
+PARTS = ("dit", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 app = App(
     name="hvlite",
@@ -79,11 +80,15 @@ class ModelFlags:
     """A Llama file or folder that replaces the model's."""
     text_encoder_2: Path | None = None
     """A CLIP file or folder that replaces the model's."""
+    tokenizer: Path | None = None
+    """The folder of Llama's tokenizer (by default that of --text-encoder, else the model's)."""
+    tokenizer_2: Path | None = None
+    """The folder of CLIP's tokenizer (by default that of --text-encoder-2, else the model's)."""
     profile: str | None = None
     """How memory is used; the names are the files of profiles/."""
     device: str | None = None
     """cpu, cuda, cuda:N or meta (by default the CUDA device with most free memory, else cpu)."""
-    dtype: Dtype | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """What the transformer computes in (by profile)."""
     attention: Literal["sdpa", "flash", "sage"] | None = None
     """Attention back end (flash-attn where it is installed, else torch's fused kernels)."""
@@ -134,24 +139,21 @@ def gen(
     """
     what, how, where = what or RequestFlags(), how or ModelFlags(), where or OutputFlags()
     talk = Talk(quiet=where.quiet, as_json=where.json)
-    request, model_name = _request_from(prompt, what, like)
-    name = how.model or model_name or _default_model(talk)
-    if num_videos < 1:
-        raise RequestError(f"--num-videos must be at least 1; got {num_videos}")
-    if num_videos > 1 and where.output is not None:
-        raise RequestError(f"--output names one file, --num-videos asks for {num_videos}; use --save-path FOLDER")
-    seeds = ", ".join(str(request.seed + index) for index in range(num_videos))
-    talk.say(f"model {name}, seed {seeds}: {request.prompt}")
+    request, made = _request_from(prompt, what, like)
+    clips = _clips_of(request, num_videos, where)
+    name = _model_name(how, talk, made.model if made else None)
+    talk.say(f"model {name}, seed {', '.join(str(clip.seed) for clip in clips)}: {request.prompt}")
     if use_cpu_offload:
         talk.say("--use-cpu-offload changes nothing: parts are always loaded one after the other")
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
         from hvlite.line import encode_prompts, generate, prompts_of
 
+        if made is not None and made.model.fingerprint != model.fingerprint:
+            talk.say("these are not the weights that the clip was made with: it will differ")
         resolved = request.resolve(model.dims)
-        prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if num_videos > 1 else None
-        for index in range(num_videos):
-            clip = replace(request, seed=request.seed + index)
-            outputs = _outputs(where, index, num_videos)
+        prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if len(clips) > 1 else None
+        for index, clip in enumerate(clips):
+            outputs = _outputs(where, index if len(clips) > 1 else None)
             stop.follow(generate(clip, model, outputs=outputs, prompts=prompts))
     return ExitCode.DONE
 
@@ -167,11 +169,16 @@ def decode(latents: Path, *, how: ModelFlags | None = None, where: OutputFlags |
     """
     how, where = how or ModelFlags(), where or OutputFlags()
     talk = Talk(quiet=where.quiet, as_json=where.json)
-    name = how.model or _default_model(talk)
+    from hvlite import metadata
+    from hvlite.video.latents import load_latents
+
+    made = metadata.decode(load_latents(latents)[1], latents)
+    name = _model_name(how, talk, made.model)
+    talk.say(f"model {name}: {made.request.prompt}")
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
         from hvlite.line import decode_file
 
-        stop.follow(decode_file(latents, model, _outputs(where, 0, 1)))
+        stop.follow(decode_file(latents, model, _outputs(where, None)))
     return ExitCode.DONE
 
 
@@ -186,16 +193,15 @@ def info(file: Path, *, json: bool = False) -> int:
     json
         One object on stdout.
     """
-    from hvlite.video.mp4 import read_metadata
+    from hvlite import metadata
 
-    metadata = _parsed(file, read_metadata(file))
+    values = metadata.as_json(_read_made(file))
     if json:
-        print_json(metadata)
+        print_json(values)
         return ExitCode.DONE
-    for section in (metadata.pop("request", {}), metadata):
+    for section in (values.pop("request"), values):
         for key, value in section.items():
-            shown = value if isinstance(value, str | int | float) else _compact(value)
-            print(f"{key:16} {shown}")
+            print(f"{key:16} {printable(_compact(value))}")
     return ExitCode.DONE
 
 
@@ -212,11 +218,9 @@ def main() -> None:
         code = _report(f"{error} See hvlite --help.", ExitCode.USAGE, arguments)
     except HvliteError as error:
         code = _report(str(error), error.exit_code, arguments)
-    except Interrupted as stop:
-        code = stop.code
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt) as stop:
         print("hvlite: interrupted", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
+        code = stop.code if isinstance(stop, Interrupted) else ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ExitCode.FAILED
@@ -235,49 +239,71 @@ def _report(message: str, code: ExitCode, arguments: list[str]) -> ExitCode:
 
 def _log_traceback(error: Exception) -> Path | None:
     """The traceback goes to a file; None if that cannot be written."""
-    path = paths.logs_folder() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
+        path = paths.logs_folder() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    except OSError:
+    except (OSError, RuntimeError):
         return None
     return path
 
 
-def _default_model(talk: Talk) -> str:
-    """hunyuanvideo where it is downloaded, else the embedded model, saying so."""
+def _model_name(how: ModelFlags, talk: Talk, made_with: "ModelMade | None") -> str:
+    """--model; else where --dit lies; else what a file was made with; else hunyuanvideo where it is downloaded.
+
+    Where all that fails it is the embedded model, and that is said.
+    """
+    if how.model is not None:
+        return how.model
+    if how.dit is not None and (folder := paths.enclosing_model(how.dit)):
+        return str(folder)
+    if made_with is not None:
+        return _name_of(made_with)
     if (paths.models_folder() / "hunyuanvideo").is_dir():
         return "hunyuanvideo"
     talk.say("no model named and none downloaded: using the embedded model `shapes` (64x64 test clips)")
     return "shapes"
 
 
-def _request_from(prompt: str | None, what: RequestFlags, like: Path | None) -> tuple[Request, str | None]:
-    """The Request of flags over `--like`, and the model that file was made with."""
+def _name_of(made_with: "ModelMade") -> str:
+    if made_with.name in ("shapes", "hunyuanvideo"):
+        return made_with.name
+    if made_with.folder is not None and Path(made_with.folder).is_dir():
+        return made_with.folder
+    raise RequestError(f"this was made with a model named {made_with.name!r}: say where it is with --model FOLDER")
+
+
+def _request_from(prompt: str | None, what: RequestFlags, like: Path | None) -> "tuple[Request, Metadata | None]":
+    """The Request of flags over `--like`, and what that file says of itself."""
     given: dict[str, Any] = {key: value for key, value in vars(what).items() if value is not None}
     if given.get("seed") == -1:
         given["seed"] = random.SystemRandom().randrange(MAX_SEED)
     if prompt is not None:
         given["prompt"] = prompt
-    if like is None:
-        if prompt is None:
-            raise RequestError('a prompt is missing: hvlite gen "a red circle moving left on a black background"')
-        return Request(**given), None
+    if like is not None:
+        made = _read_made(like)
+        return replace(made.request.as_request(), **given), made
+    if prompt is None:
+        raise RequestError('a prompt is missing: hvlite gen "a red circle moving left on a black background"')
+    return Request(**given), None
+
+
+def _clips_of(request: Request, count: int, where: OutputFlags) -> list[Request]:
+    """One Request for each clip, checked before any of them is rendered."""
+    if count < 1:
+        raise RequestError(f"--num-videos must be at least 1; got {count}")
+    if count > 1 and where.output is not None:
+        raise RequestError(f"--output names one file, --num-videos asks for {count}; use --save-path FOLDER")
+    if where.output is not None and where.output.suffix.lower() not in (".mp4", ".png"):
+        raise RequestError(f"--output must end in .mp4 (or .png for one frame); got {where.output}")
+    return [replace(request, seed=request.seed + index) for index in range(count)]
+
+
+def _read_made(file: Path) -> "Metadata":
+    from hvlite import metadata
     from hvlite.video.mp4 import read_metadata
 
-    metadata = _parsed(like, read_metadata(like))
-    base = resolved_from(metadata.get("request")).as_request()
-    return replace(base, **given), metadata.get("model", {}).get("name")
-
-
-def _parsed(file: Path, metadata: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(metadata)
-    except json.JSONDecodeError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise RequestError(f"{file} has a comment that is not hvlite's metadata")
-    return parsed
+    return metadata.decode(read_metadata(file), file)
 
 
 @contextmanager
@@ -285,38 +311,32 @@ def _opened(name: str, how: ModelFlags, talk: Talk) -> Iterator["Model"]:
     """The model on its device, with the flags laid over the profile."""
     from hvlite.memory.device import choose_device, unused_card_note
     from hvlite.opened import open_model
+    from hvlite.profile import load_profile
 
     device = choose_device(how.device)
     if how.device is None and (note := unused_card_note()):
         talk.say(note)
-    profile = _profile(how, "24g" if device.type in ("cuda", "meta") else "cpu")
-    files = {
-        "dit": how.dit,
-        "vae": how.vae,
-        "text_encoder": how.text_encoder,
-        "text_encoder_2": how.text_encoder_2,
-    }
+    default = "24g" if device.type in ("cuda", "meta") else "cpu"
+    profile = load_profile(how.profile or default, dtype=how.dtype, attention=how.attention)
+    files = {part: getattr(how, part) for part in PARTS}
     with open_model(name, profile, str(device), **files) as model:
         yield model
 
 
-def _profile(how: ModelFlags, default: str) -> Profile:
-    return load_profile(how.profile or default, dtype=how.dtype, attention=how.attention)
-
-
-def _outputs(where: OutputFlags, index: int, count: int) -> "Outputs":
+def _outputs(where: OutputFlags, index: int | None) -> "Outputs":
+    """The flags as the library takes them; `index` numbers the latents of several clips."""
     from hvlite.line import Outputs
 
     latents = where.save_latents
-    if latents is not None and count > 1:
+    if latents is not None and index is not None:
         latents = latents.with_stem(f"{latents.stem}-{index}")
-    return Outputs(target=where.output or where.save_path, latents=latents)
+    return Outputs(file=where.output, folder=where.save_path, latents=latents)
 
 
 def _compact(value: object) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{key} {_compact(item)}" for key, item in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "x".join(str(item) for item in value)
     return str(value)
 

@@ -8,6 +8,8 @@ dims from the config files or tensor shapes of a checkpoint (`weights.load`).
 from dataclasses import dataclass
 
 HEAD_DIM_ROPE_AXES = {128: (16, 56, 56)}
+# The width of every sinusoidal embedding (spec 1.3).
+SINUSOID_WIDTH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,20 @@ class VaeDims:
     scaling_factor: float
     spatial_ratio: int = 8
     temporal_ratio: int = 4
+
+    @property
+    def level_ratios(self) -> list[tuple[int, int]]:
+        """(time, space) ratio of the step after each level: the first steps scale space, the last ones time.
+
+        Encoder and decoder share it: the decoder is no mirror image of the encoder (spec 3.3).
+        """
+        last = len(self.channels) - 1
+        space_steps, time_steps = self.spatial_ratio.bit_length() - 1, self.temporal_ratio.bit_length() - 1
+        assert max(space_steps, time_steps) <= last, f"too few levels for these ratios: {self}"
+        return [
+            (2 if last - time_steps <= level < last else 1, 2 if level < space_steps else 1)
+            for level in range(last + 1)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@
     |-- RequestError (ValueError)  2  what was asked for cannot be rendered as asked
     |-- ProfileError (ValueError)  2  a profile or setting is wrong
     |-- DeviceError                2  the asked device is missing or too old
-    |-- DoesNotFit                 3  memory: the plan, or the run, exceeds its budget
-    |-- Busy                       4  somebody else holds the GPU or the queue
+    |-- DoesNotFit                 3  memory: the run needs more than there is
+    |-- Busy                       4  another process holds the GPU, the queue or a store
     |-- WeightsError               5  weights missing, truncated, of another shape, or unsafe to load
     |-- OutputError                1  the result cannot be written (disk full, folder missing)
 
@@ -55,13 +55,13 @@ class DeviceError(HvliteError):
 
 
 class DoesNotFit(HvliteError):
-    """The budget is smaller than the need."""
+    """The memory is smaller than the need."""
 
     exit_code = ExitCode.DOES_NOT_FIT
 
 
 class Busy(HvliteError):
-    """A lock is held by another process."""
+    """Another process holds what only one may hold."""
 
     exit_code = ExitCode.BUSY
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage has begun: `load`, `text`, `schedule`, `denoise`, `decode`."""
+    """A stage has begun: `text`, `schedule`, `denoise`, `decode`."""
 
     name: str
 

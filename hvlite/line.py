@@ -1,10 +1,9 @@
-"""THE LINE: Request + Profile -> file. The only module that joins model, memory and weights.
+"""THE LINE: Request + Profile -> file. Here, and in `opened`, model, memory and weights meet; nowhere else.
 
-`generate` is a generator of events, so that the caller draws progress and cancels with plain Python. No
-grad mode and no other switch is held across a yield; an abandoned generator gives the device back.
+`generate` is a generator of events, so that the caller draws progress and cancels with plain Python. No grad mode and
+no other switch is held across a yield; an abandoned generator gives the device back.
 """
 
-import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvlite import paths, sampler
+from hvlite import metadata, paths, sampler
 from hvlite.atomic import check_new, explained, free_path
 from hvlite.dims import LatentShape, latent_shape
-from hvlite.errors import RequestError
+from hvlite.errors import DoesNotFit, RequestError
 from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, StepDone, TileDone
+from hvlite.memory.device import device_name, is_out_of_memory, wait_for
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry, TileStep, decode_tiles
+from hvlite.metadata import Metadata, ModelMade
 from hvlite.model.dit import Activations, Conditioning, Dit, Workspace
 from hvlite.model.text import PromptStates
 from hvlite.opened import Model, open_model
-from hvlite.profile import Profile, load_profile
-from hvlite.request import Request, ResolvedRequest, as_fields, resolved_from, unusual_size_note
+from hvlite.profile import Profile
+from hvlite.request import Request, ResolvedRequest, request_notes
 from hvlite.video.frames import FrameLike, frames_to_uint8
 from hvlite.video.latents import load_latents, save_latents
 from hvlite.video.mp4 import open_mp4
@@ -36,15 +37,25 @@ from hvlite.video.png import write_png
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """Where results go. `target` is a file (.mp4, .png) or a folder in which a free name is chosen.
+    """Where results go: the new file `file` (.mp4, .png for one frame), else a free name in `folder`.
 
-    The final latents are always saved before decode. Once the clip is written they stay only if `latents`
-    names a file.
+    The final latents are always saved before decode. Once the clip is written they stay only if `latents` names a file.
     """
 
-    target: Path = paths.DEFAULT_OUTPUT
+    file: Path | None = None
+    folder: Path = paths.DEFAULT_OUTPUT
     latents: Path | None = None
     decode_tile: TileGeometry = PUBLISHED_TILES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The files of one run, chosen and checked before any work."""
+
+    clip: Path
+    latents: Path
+    keep_latents: bool
+    decode_tile: TileGeometry
 
 
 @dataclass(slots=True)
@@ -81,43 +92,62 @@ def generate(
 ) -> Generator[Event, None, None]:
     """Render `request`; yields events, the last one `Finished`.
 
-    `model` is an opened Model, or a name or folder that is opened for this call with `profile` and
-    `device`. `prompts`, if given, are the states of `prompts_of(request)` from `encode_prompts`, and no
-    encoder is loaded.
+    `model` is an opened Model, or a name or folder that is opened for this call with `profile` and `device`. `prompts`,
+    if given, are the states of `prompts_of(request)` from `encode_prompts`, and no encoder is loaded.
     """
     if not isinstance(model, Model):
-        with open_model(model, profile or load_profile("cpu"), device=device) as opened:
+        with open_model(model, profile, device=device) as opened:
             yield from generate(request, opened, outputs=outputs, prompts=prompts)
         return
-    outputs = outputs or Outputs()
     resolved = request.resolve(model.dims)
-    timings = Timings()
-    if note := unusual_size_note(resolved.size, model.dims.defaults):
-        yield Note(note)
-    shape = latent_shape(resolved.size, resolved.frames, model.dims.vae)
+    if prompts is not None and len(prompts) != len(prompts_of(resolved)):
+        raise RequestError(f"{len(prompts)} prompt states were given; this request needs {len(prompts_of(resolved))}")
+    outputs = outputs or Outputs()
     places = None if model.device.type == "meta" else choose_places(outputs, resolved)
-    try:
-        if prompts is None:
-            yield Stage("text")
-            with timings.measure("text"):
-                prompts = encode_prompts(prompts_of(resolved), model, resolved.template)
-            yield from (note for states in prompts for note in states.notes)
-        yield Stage("schedule")
-        sigmas = sampler.make_sigmas(resolved.steps, resolved.flow_shift, resolved.flow_reverse)
-        with timings.measure("schedule"):
-            branches = prepare_schedule(model, resolved, sigmas, prompts)
-        yield Stage("denoise")
-        latents = sampler.make_noise(shape, model.dims.dit.latent_channels, resolved.seed)
-        with timings.measure("denoise"):
-            latents = yield from denoise(model, resolved, latents, sigmas, branches)
-        del branches
+    yield from map(Note, request_notes(request, model.dims))
+    timings = Timings()
+    with released(model):
+        latents = yield from compute_latents(model, resolved, prompts, timings)
         model.release("dit")
         if places is None:
             yield from finish_on_meta(model, latents, outputs.decode_tile, timings)
         else:
             yield from finish(model, resolved, latents, places, timings)
+
+
+@contextmanager
+def released(model: Model) -> Iterator[None]:
+    """Give cold parts back at the end, also after a failure; a failed allocation becomes DoesNotFit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit(
+            f"out of memory on {device_name(model.device)}: {error}. Try a smaller --size, or fewer --frames."
+        ) from error
     finally:
         model.release_cold()
+
+
+def compute_latents(
+    model: Model, resolved: ResolvedRequest, prompts: Sequence[PromptStates] | None, timings: Timings
+) -> Generator[Event, None, Tensor]:
+    """Prompt -> final latents [1,C,T,H,W] on the device."""
+    if prompts is None:
+        yield Stage("text")
+        with timings.measure("text"):
+            prompts = encode_prompts(prompts_of(resolved), model, resolved.template)
+    yield from (note for states in prompts for note in states.notes)
+    yield Stage("schedule")
+    sigmas = sampler.make_sigmas(resolved.steps, resolved.flow_shift, resolved.flow_reverse)
+    with timings.measure("schedule"):
+        branches = prepare_schedule(model, resolved, sigmas, prompts)
+    yield Stage("denoise")
+    shape = latent_shape(resolved.size, resolved.frames, model.dims.vae)
+    noise = sampler.make_noise(shape, model.dims.dit.latent_channels, resolved.seed, model.device.type)
+    with timings.measure("denoise"):
+        return (yield from denoise(model, resolved, noise, sigmas, branches))
 
 
 def prompts_of(resolved: ResolvedRequest) -> list[str]:
@@ -187,6 +217,7 @@ def _run_blocks(dit: Dit, latents: Tensor, step: int, branches: list[Branch], wo
         for branch in branches:
             assert branch.x is not None
             dit.run_block(index, branch.x, branch.conditioning.block(step, index), work)
+        wait_for(work.q.device)
         yield index
 
 
@@ -198,43 +229,42 @@ def _velocity(dit: Dit, branch: Branch, step: int, shape: LatentShape, chunk: in
     return velocity
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """The files of one run, chosen and checked before any work."""
-
-    clip: Path
-    latents: Path
-    keep_latents: bool
-    decode_tile: TileGeometry
-
-
 def choose_places(outputs: Outputs, resolved: ResolvedRequest) -> Places:
     """Where the clip and its latents will lie; what cannot be written is refused now, not after hours."""
     stem = paths.output_stem(resolved.prompt, resolved.seed, f"{datetime.now():%Y%m%d-%H%M%S}")
     suffix = ".png" if resolved.frames == 1 else ".mp4"
-    clip = outputs.target
-    if clip.suffix.lower() not in (".mp4", ".png"):
-        with explained(clip):
-            clip.mkdir(parents=True, exist_ok=True)
-        clip = free_path(clip, stem, suffix)
+    clip = outputs.file
+    if clip is None:
+        _make_folder(outputs.folder)
+        clip = free_path(outputs.folder, stem, suffix)
     elif clip.suffix.lower() != suffix:
         raise RequestError(f"{resolved.frames} frame(s) make a {suffix} file; the output is named {clip.name}")
     check_new(clip)
-    latents = outputs.latents or paths.latents_folder() / f"{clip.stem}.safetensors"
-    with explained(latents):
-        latents.parent.mkdir(parents=True, exist_ok=True)
-    return Places(clip=clip, latents=latents, keep_latents=outputs.latents is not None, decode_tile=outputs.decode_tile)
+    latents = outputs.latents
+    if latents is None:
+        _make_folder(paths.latents_folder())
+        latents = free_path(paths.latents_folder(), stem, ".safetensors")
+    check_new(latents)
+    keep = outputs.latents is not None
+    return Places(clip=clip, latents=latents, keep_latents=keep, decode_tile=outputs.decode_tile)
+
+
+def _make_folder(folder: Path) -> None:
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def finish(
     model: Model, resolved: ResolvedRequest, latents: Tensor, places: Places, timings: Timings
 ) -> Iterator[Event]:
     """Latents -> disk -> frames -> file. What is computed is on disk before the step that could fail."""
-    save_latents(places.latents, latents.cpu(), json.dumps(as_fields(resolved)))
+    made = Metadata(request=resolved, model=model_made(model, with_folder=True))
+    save_latents(places.latents, latents.cpu(), metadata.encode(made))
     yield Saved("latents", places.latents)
     yield from write_clip(model, resolved, latents, places, timings)
     if not places.keep_latents:
         places.latents.unlink(missing_ok=True)
+    yield Finished(places.clip, timings.seconds)
 
 
 def finish_on_meta(model: Model, latents: Tensor, geometry: TileGeometry, timings: Timings) -> Iterator[Event]:
@@ -249,8 +279,10 @@ def finish_on_meta(model: Model, latents: Tensor, geometry: TileGeometry, timing
 def decode(model: Model, latents: Tensor, geometry: TileGeometry) -> Iterator[TileStep]:
     """Latents [1,C,T,H,W] in model space -> tiles, with finished frames [3,F,H,W] in [-1,1] as they become final."""
     vae = model.vae()
-    scaled = latents.float() / model.dims.vae.scaling_factor
-    yield from decode_tiles(scaled.to(model.device, model.vae_dtype), vae.decode, geometry)
+    # tiles are joined where they are decoded to: in host memory, not on a card that has better use for its own
+    joined_on = torch.device("cpu" if model.device.type == "cuda" else model.device)
+    scaled = (latents.float() / model.dims.vae.scaling_factor).to(model.device, model.vae_dtype)
+    yield from decode_tiles(scaled, lambda tile: vae.decode(tile).to(joined_on), geometry)
 
 
 def write_clip(
@@ -258,58 +290,65 @@ def write_clip(
 ) -> Iterator[Event]:
     """Decode and write frames as they come; the file gets its name when it is complete."""
     yield Stage("decode")
-    metadata = json.dumps(clip_metadata(model, resolved, places.decode_tile, timings))
-    with timings.measure("decode"), _open_clip(places.clip, metadata, resolved.prompt) as add_frame:
+    made = metadata.encode(clip_metadata(model, resolved, places.decode_tile, timings))
+    with timings.measure("decode"), _open_clip(places.clip, made, resolved.prompt) as add_frame:
         for tile in decode(model, latents, places.decode_tile):
             if tile.frames is not None:
-                for frame in frames_to_uint8(tile.frames).cpu():
+                for frame in frames_to_uint8(tile.frames):
                     add_frame(frame)
             yield TileDone(tile.tile, tile.tiles)
     yield Saved("image" if places.clip.suffix == ".png" else "video", places.clip)
-    yield Finished(places.clip, timings.seconds)
 
 
 @contextmanager
-def _open_clip(path: Path, metadata: str, title: str) -> Iterator[Callable[[FrameLike], None]]:
+def _open_clip(path: Path, made: str, title: str) -> Iterator[Callable[[FrameLike], None]]:
     """A function that adds a frame to the new mp4 or, for the only one, writes the PNG."""
-    if path.suffix == ".png":
-        yield partial(write_png, path, metadata=metadata, title=title)
+    if path.suffix.lower() == ".png":
+        yield partial(write_png, path, metadata=made, title=title)
     else:
-        with open_mp4(path, metadata=metadata, title=title) as add_frame:
+        with open_mp4(path, metadata=made, title=title) as add_frame:
             yield add_frame
 
 
-def clip_metadata(
-    model: Model, resolved: ResolvedRequest, geometry: TileGeometry, timings: Timings
-) -> dict[str, object]:
+def model_made(model: Model, *, with_folder: bool = False) -> ModelMade:
+    """How a file names the model that made it."""
+    folder = str(model.sources.folder.resolve()) if with_folder and model.sources else None
+    return ModelMade(name=model.dims.name, fingerprint=model.fingerprint, folder=folder)
+
+
+def clip_metadata(model: Model, resolved: ResolvedRequest, geometry: TileGeometry, timings: Timings) -> Metadata:
     """What a finished file says of itself. Timings are of the stages before decode: the header comes first."""
-    return {
-        "format": 1,
-        "request": as_fields(resolved),
-        "model": {"name": model.dims.name, "fingerprint": model.fingerprint},
-        "versions": {
+    return Metadata(
+        request=resolved,
+        model=model_made(model),
+        versions={
             "hvlite": version("hvlite"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": version("transformers"),
             "av": version("av"),
         },
-        "device": model.device_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.attention,
-        "profile": model.profile.name,
-        "decode_tile": asdict(geometry),
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "timings": timings.seconds,
-    }
+        device=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=model.attention,
+        profile=model.profile.name,
+        decode_tile=asdict(geometry),
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        timings=timings.seconds,
+    )
 
 
 def decode_file(path: Path, model: Model, outputs: Outputs | None = None) -> Generator[Event, None, None]:
     """Finish a clip from saved latents: they carry the Request, so nothing else is needed."""
-    outputs = outputs or Outputs()
     latents, stored = load_latents(path)
-    resolved = resolved_from(json.loads(stored))
-    expected = latent_shape(resolved.size, resolved.frames, model.dims.vae)
-    found = tuple(latents.shape[2:])
-    if found != (expected.frames, expected.height, expected.width):
-        raise RequestError(f"{path}: latents are {found}, its request says {expected}; the file is damaged")
-    yield from write_clip(model, resolved, latents, choose_places(outputs, resolved), Timings())
+    made = metadata.decode(stored, path)
+    shape = latent_shape(made.request.size, made.request.frames, model.dims.vae)
+    expected = [1, model.dims.vae.latent_channels, shape.frames, shape.height, shape.width]
+    if list(latents.shape) != expected:
+        raise RequestError(f"{path}: latents are {list(latents.shape)}, its request and this VAE make {expected}")
+    if made.model.fingerprint != model.fingerprint:
+        yield Note(f"these latents were made with other weights (model {made.model.name}): the clip may differ")
+    timings = Timings()
+    with released(model):
+        places = choose_places(outputs or Outputs(), made.request)
+        yield from write_clip(model, made.request, latents, places, timings)
+    yield Finished(places.clip, timings.seconds)

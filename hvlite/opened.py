@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO, ModelDims
 from hvlite.errors import ProfileError, WeightsError
-from hvlite.memory.device import check_dtype, choose_device
+from hvlite.memory.device import check_dtype, choose_device, give_back
 from hvlite.model.dit import Dit
 from hvlite.model.ops import choose_attention
 from hvlite.model.text import (
@@ -24,6 +24,7 @@ from hvlite.model.text import (
     build_clip,
     build_llama,
     encode_prompts,
+    has_tokenizer,
     load_tokenizer,
     meta_prompt_states,
     text_template,
@@ -48,7 +49,7 @@ class Model:
         self.profile = profile
         self.device = device
         self.dtype = DTYPES[profile.dtype]
-        self.attention = choose_attention(device.type, profile.attention)
+        self.attention = choose_attention(device.type, profile.attention, self.dtype)
         self._parts: dict[str, nn.Module | TextEncoders] = {}
 
     @property
@@ -66,11 +67,6 @@ class Model:
         """The profile's groups of heads, or the next smaller number that divides this model's heads."""
         heads = self.dims.dit.heads
         return next(n for n in range(min(self.profile.head_groups, heads), 0, -1) if heads % n == 0)
-
-    @property
-    def device_name(self) -> str:
-        """The card's name, or the device's."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,8 +104,7 @@ class Model:
         """Give a part back, unless it stays warm."""
         if not self.keep_warm:
             self._parts.pop(name, None)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_back(self.device)
 
     def release_cold(self) -> None:
         """Give back every part that does not stay warm; also after a failure or an abandoned generator."""
@@ -119,8 +114,7 @@ class Model:
     def close(self) -> None:
         """Give everything back."""
         self._parts.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def _load_dit(self) -> Dit:
         with torch.device("meta"):
@@ -173,7 +167,7 @@ def open_model(
     chosen = choose_device(device)
     profile = profile or load_profile("24g" if chosen.type == "cuda" else "cpu")
     check_dtype(chosen, profile.dtype)
-    choose_attention(chosen.type, profile.attention)
+    choose_attention(chosen.type, profile.attention, DTYPES[profile.dtype])
     if chosen.type == "cpu" and profile.dtype == "fp16":
         raise ProfileError("dtype fp16 has no fast kernels on a CPU; use --dtype fp32 or bf16, or a CUDA device")
     opened = _open(model, files, profile, chosen)
@@ -190,8 +184,33 @@ def _open(model: str | Path, files: dict[str, Path | None], profile: Profile, de
     for name, path in given.items():
         if not path.exists():
             raise WeightsError(f"{path} (given for {name}) does not exist")
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        folder = given.get(encoder)
+        if folder is not None and tokenizer not in given and has_tokenizer(folder):
+            given[tokenizer] = folder
     sources = find_sources(model_folder(model), given)
-    return Model(sources, read_dims(sources), profile, device)
+    dims = read_dims(sources)
+    check_parts(sources, dims)
+    # held against their headers now: a damaged part must not end a run that has already taken hours
+    load.dit_tensors(sources.dit, dims.dit)
+    load.vae_tensors(sources.vae, dims.vae)
+    load.llama_tensors(sources.text_encoder, dims.llama)
+    load.clip_tensors(sources.text_encoder_2, dims.clip)
+    return Model(sources, dims, profile, device)
+
+
+def check_parts(sources: Sources, dims: ModelDims) -> None:
+    """Parts of different models are refused, with the two numbers that do not meet."""
+    meetings = (
+        ("text states", sources.dit, dims.dit.text_width, sources.text_encoder, dims.llama.hidden),
+        ("the pooled text", sources.dit, dims.dit.pooled_width, sources.text_encoder_2, dims.clip.hidden),
+        ("latents", sources.dit, dims.dit.latent_channels, sources.vae, dims.vae.latent_channels),
+    )
+    for what, dit, wanted, part, found in meetings:
+        if wanted != found:
+            raise WeightsError(
+                f"{dit} takes {what} of width {wanted}, {part} gives {found}: they belong to different models"
+            )
 
 
 def model_folder(model: str | Path) -> Path:

@@ -9,6 +9,8 @@ import platformdirs
 PACKAGE = Path(__file__).resolve().parent
 SHAPES_MODEL = PACKAGE / "assets" / "shapes"
 DEFAULT_OUTPUT = Path("results")
+# A folder that holds one of these is a model folder: diffusers' and Tencent's.
+MODEL_MARKS = ("transformer", "hunyuan-video-t2v-720p")
 
 
 def home() -> Path:
@@ -35,6 +37,12 @@ def logs_folder() -> Path:
 def profile_folders() -> list[Path]:
     """Folders with profile TOML files: the user's own, then the shipped ones (wheel or checkout)."""
     return [home() / "profiles", PACKAGE / "profiles", PACKAGE.parent / "profiles"]
+
+
+def enclosing_model(file: Path) -> Path | None:
+    """The model folder that a checkpoint file lies in, at any depth; None if it lies in none."""
+    folders = file.absolute().parents
+    return next((folder for folder in folders if any((folder / mark).is_dir() for mark in MODEL_MARKS)), None)
 
 
 def output_stem(prompt: str, seed: int, stamp: str) -> str:

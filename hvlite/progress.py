@@ -10,20 +10,26 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-
-import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from hvlite.errors import ExitCode
 from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, TileDone
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 PLAIN_SECONDS = 60.0
+# The stages without a bar of their own.
+STAGE_WORDS = {
+    "text": "loading the text encoders, reading the prompt",
+    "schedule": "loading the transformer, preparing the schedule",
+}
 
 
-class Interrupted(Exception):
-    """A signal ended the work in good order."""
+class Interrupted(BaseException):
+    """A signal ended the work in good order. No Exception: nobody that handles errors may swallow it."""
 
     def __init__(self, code: ExitCode) -> None:
         super().__init__(code)
@@ -36,13 +42,18 @@ class Talk:
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
+        # rich is imported where it is needed: --help must appear at once
+        from rich.console import Console
+
         self.console = Console(stderr=True, highlight=False)
         self.meter: Meter | None = None
+        self.latents: Path | None = None
+        self.noted: set[str] = set()
 
     def say(self, text: str) -> None:
         """One line on stderr."""
         if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def result(self, text: str) -> None:
         """One line on stdout."""
@@ -52,12 +63,15 @@ class Talk:
     def event(self, event: Event) -> None:
         """Show one event of the engine."""
         if self.as_json:
-            print_json({"event": type(event).__name__, **msgspec.to_builtins(event, enc_hook=str)})
+            print_json({"event": type(event).__name__, **{name: getattr(event, name) for name in event.__slots__}})
         match event:
-            case Note(text):
+            case Note(text) if text not in self.noted:
+                self.noted.add(text)
                 self.say(text)
-            case Stage():
+            case Stage(name):
                 self.close()
+                if name in STAGE_WORDS:
+                    self.say(STAGE_WORDS[name])
             case BlockDone():
                 done = event.step * event.blocks + event.block + 1
                 where = f"step {event.step + 1}/{event.steps} block {event.block + 1}/{event.blocks}"
@@ -65,10 +79,10 @@ class Talk:
             case TileDone():
                 self._advance("decode", event.tile + 1, event.tiles, f"tile {event.tile + 1}/{event.tiles}")
             case Saved("latents", path):
-                self.close()
-                self.say(f"latents saved: {path}")
+                self.latents = path
             case Finished(path, timings):
                 self.close()
+                self.latents = None
                 self.say("done: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items()))
                 if path is not None and not self.as_json:
                     self.result(str(path))
@@ -92,7 +106,9 @@ class Talk:
 class Bar:
     """A bar with elapsed and remaining time, for a terminal."""
 
-    def __init__(self, console: Console, stage: str) -> None:
+    def __init__(self, console: "Console", stage: str) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("{task.fields[stage]:8}"),
             BarColumn(),
@@ -102,7 +118,7 @@ class Bar:
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, console=console, transient=True)
-        self.task: TaskID = self.progress.add_task(stage, total=None, stage=stage, where="")
+        self.task = self.progress.add_task(stage, total=None, stage=stage, where="")
         self.progress.start()
 
     def show(self, done: int, total: int, where: str) -> None:
@@ -160,6 +176,11 @@ class Stop:
                     self.deferred = event.name in ("denoise", "decode")
                 if self.code is not None and isinstance(event, BlockDone | TileDone):
                     raise Interrupted(self.code)
+        except BaseException:
+            self.talk.close()
+            if self.talk.latents is not None:
+                self.talk.say(f"the finished latents are safe; finish with: hvlite decode {self.talk.latents}")
+            raise
         finally:
             self.deferred = False
             stream.close()
@@ -178,9 +199,14 @@ def interruptible(talk: Talk) -> Iterator[Stop]:
         talk.close()
 
 
+def printable(text: str) -> str:
+    """Control characters as escapes: no prompt and no file drives the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def print_json(value: object) -> None:
-    """One JSON object on one line of stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """One JSON object on one line of stdout; paths as text."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 

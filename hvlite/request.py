@@ -6,10 +6,8 @@ wording.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import msgspec
+from dataclasses import dataclass
+from typing import Literal
 
 from hvlite.dims import ModelDims, RequestDefaults
 from hvlite.errors import RequestError
@@ -58,19 +56,14 @@ class Request:
             raise RequestError(f"seed must be 0 to {MAX_SEED}; got {self.seed} (the CLI's --seed -1 draws one)")
         if self.template not in (None, "video", "image"):
             raise RequestError(f"template must be video or image; got {self.template!r}")
-        if self.negative_prompt and self.cfg_scale <= 1.0:
-            raise RequestError(
-                f"a negative prompt has an effect only with cfg_scale above 1; got {self.cfg_scale}. "
-                "Add --cfg-scale (6 is usual, and doubles the time), or drop the negative prompt."
-            )
 
     def resolve(self, dims: ModelDims) -> "ResolvedRequest":
         """The complete Request for this model: no None left, prompt stripped."""
         defaults = dims.defaults
         frames = self.frames if self.frames is not None else defaults.frames
-        negative = self.negative_prompt
-        if negative is None:
-            negative = DEFAULT_NEGATIVE_PROMPT if self.cfg_scale > 1 else ""
+        negative = ""
+        if self.cfg_scale > 1:
+            negative = DEFAULT_NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt
         return ResolvedRequest(
             prompt=self.prompt.strip(),
             size=self.size or defaults.size,
@@ -82,7 +75,7 @@ class Request:
             negative_prompt=negative.strip(),
             cfg_scale=self.cfg_scale,
             seed=self.seed,
-            template=self.template or ("image" if frames == 1 else "video"),
+            template=self.template or default_template(frames),
         )
 
 
@@ -108,30 +101,37 @@ class ResolvedRequest:
         return self.cfg_scale > 1.0
 
     def as_request(self) -> Request:
-        """The same clip as a Request, for `--like`."""
+        """The same clip as a Request, for `--like`; a template that follows from the frames is left to follow."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if not self.uses_cfg:
             fields["negative_prompt"] = None
+        if self.template == default_template(self.frames):
+            fields["template"] = None
         return Request(**fields)
 
-    def with_seed(self, seed: int) -> "ResolvedRequest":
-        return replace(self, seed=seed)
+
+def default_template(frames: int) -> Template:
+    """One frame is described as an image, more as a video."""
+    return "image" if frames == 1 else "video"
 
 
-def resolved_from(fields: object) -> ResolvedRequest:
-    """A ResolvedRequest from decoded JSON; RequestError names the field that is missing or wrong."""
-    try:
-        resolved = msgspec.convert(fields, ResolvedRequest, strict=True)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"stored request cannot be read: {error}") from None
+def check_stored(resolved: ResolvedRequest) -> None:
+    """Hold a Request that was read from a file against the same rules as one that was typed."""
     resolved.as_request()
-    return resolved
 
 
-def as_fields(request: Request | ResolvedRequest) -> dict[str, Any]:
-    """Plain JSON values, for metadata."""
-    fields: dict[str, Any] = msgspec.to_builtins(request)
-    return fields
+def request_notes(request: Request, dims: ModelDims) -> list[str]:
+    """What a user should know of this Request before it is rendered."""
+    resolved = request.resolve(dims)
+    notes = [unusual_size_note(resolved.size, dims.defaults)]
+    if request.negative_prompt and not resolved.uses_cfg:
+        notes.append(
+            f"the negative prompt has no effect at cfg_scale {request.cfg_scale:g}: add --cfg-scale 6 or so "
+            "(it doubles the time)"
+        )
+    if not request.flow_reverse:
+        notes.append("the schedule runs from data to noise (--no-flow-reverse): released weights give noise that way")
+    return [note for note in notes if note is not None]
 
 
 def unusual_size_note(size: tuple[int, int], defaults: RequestDefaults) -> str | None:

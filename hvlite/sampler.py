@@ -6,10 +6,15 @@ from torch import Tensor
 from hvlite.dims import LatentShape
 
 
-def make_noise(shape: LatentShape, channels: int, seed: int) -> Tensor:
-    """Initial latents [1,C,T,H,W] fp32, drawn on the CPU so that a seed means one clip on every machine."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, channels, shape.frames, shape.height, shape.width, generator=generator)
+def make_noise(shape: LatentShape, channels: int, seed: int, device: str = "cpu") -> Tensor:
+    """Initial latents [1,C,T,H,W] fp32, drawn on the CPU so that a seed means one clip on every machine.
+
+    On `meta` nothing is drawn.
+    """
+    size = (1, channels, shape.frames, shape.height, shape.width)
+    if device == "meta":
+        return torch.empty(size, device=device)
+    return torch.randn(size, generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def make_sigmas(steps: int, flow_shift: float, flow_reverse: bool = True) -> Tensor:

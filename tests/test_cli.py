@@ -70,6 +70,10 @@ def test_like_takes_every_setting_and_flags_win(capsys: pytest.CaptureFixture[st
     assert code == ExitCode.DONE, err
     old, new = (json.loads(read_metadata(Path(name.strip())))["request"] for name in (first, second))
     assert new == {**old, "guidance": 3.0}
+    assert "not the weights" not in err
+    code, _, err = call(capsys, "gen", "--like", first.strip())
+    assert code == ExitCode.USAGE
+    assert "a model named 'tiny'" in err
 
 
 def test_info_shows_the_request(capsys: pytest.CaptureFixture[str], model: Sequence[str]) -> None:
@@ -108,9 +112,10 @@ def test_seed_minus_one_draws_and_prints_a_seed(capsys: pytest.CaptureFixture[st
         (("gen", "a", "--frames", "6"), ExitCode.USAGE, "Nearest: 5"),
         (("gen", "a", "--stepz", "6"), ExitCode.USAGE, "--steps"),
         (("gen", "a", "--steps", "many"), ExitCode.USAGE, "--steps"),
-        (("gen", "a", "--neg-prompt", "b"), ExitCode.USAGE, "--cfg-scale"),
         (("gen", "a", "--num-videos", "0"), ExitCode.USAGE, "at least 1"),
         (("gen", "a", "--num-videos", "2", "-o", "x.mp4"), ExitCode.USAGE, "--save-path"),
+        (("gen", "a", "-o", "clip.webm"), ExitCode.USAGE, "must end in .mp4"),
+        (("gen", "a", "--num-videos", "2", "--seed", str(2**63 - 1)), ExitCode.USAGE, "seed must be"),
         (("gen", "a", "--model", "/nowhere"), ExitCode.WEIGHTS, "/nowhere"),
         (("gen", "a", "--model", "hunyuanvideo"), ExitCode.WEIGHTS, "not on this machine"),
         (("gen", "a", "--device", "tpu"), ExitCode.USAGE, "use cpu, cuda, cuda:N or meta"),

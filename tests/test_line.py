@@ -1,8 +1,8 @@
 """The whole line: against diffusers' pipeline on one folder, and its own promises (files, seeds, events)."""
 
 import errno
-import json
 import os
+import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +21,16 @@ from torch import Tensor
 from transformers import CLIPTextModel, LlamaModel
 
 import hvlite
-from hvlite import Outputs, Request, encode_prompts, generate, load_profile, open_model, paths
+from hvlite import Outputs, Request, encode_prompts, generate, load_profile, metadata, open_model, paths
 from hvlite.dims import latent_shape
-from hvlite.errors import OutputError, RequestError, WeightsError
+from hvlite.errors import DoesNotFit, OutputError, RequestError, WeightsError
 from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, StepDone, TileDone
 from hvlite.line import decode, decode_file, denoise, prepare_schedule, prompts_of
 from hvlite.memory.tiles import TileGeometry
+from hvlite.metadata import ModelMade
+from hvlite.model.dit import Dit
 from hvlite.model.text import load_tokenizer, text_template
 from hvlite.opened import Model
-from hvlite.request import resolved_from
 from hvlite.sampler import make_noise, make_sigmas
 from hvlite.video.latents import load_latents
 from hvlite.video.mp4 import read_frames, read_metadata
@@ -147,15 +148,15 @@ def test_the_line_equals_diffusers_pipeline(
 
 def test_a_clip_is_written_with_all_that_made_it(tiny_model: Path, tmp_path: Path) -> None:
     with open_model(tiny_model) as model:
-        events = run(Request(PROMPT, seed=9), model, outputs=Outputs(target=tmp_path))
+        events = run(Request(PROMPT, seed=9), model, outputs=Outputs(folder=tmp_path))
         path = finished(events)
-        metadata = json.loads(read_metadata(path))
-        assert resolved_from(metadata["request"]) == Request(PROMPT, seed=9).resolve(model.dims)
-        assert metadata["model"] == {"name": "tiny", "fingerprint": model.fingerprint}
+        made = metadata.decode(read_metadata(path), path)
+        assert made.request == Request(PROMPT, seed=9).resolve(model.dims)
+        assert made.model == ModelMade(name="tiny", fingerprint=model.fingerprint)
     assert path.parent == tmp_path
     assert len(list(read_frames(path))) == 5
-    assert set(metadata["timings"]) >= {"text", "schedule", "denoise"}
-    assert metadata["versions"]["torch"] == torch.__version__
+    assert set(made.timings) >= {"text", "schedule", "denoise"}
+    assert made.versions["torch"] == torch.__version__
     kinds = [type(event) for event in events]
     assert kinds.count(StepDone) == 2
     assert kinds.count(BlockDone) == 2 * 4
@@ -170,7 +171,7 @@ def test_a_seed_is_a_clip(tiny_model: Path, tmp_path: Path) -> None:
     with open_model(tiny_model) as model:
         clips = [
             np.stack(
-                list(read_frames(finished(run(Request(PROMPT, seed=seed), model, outputs=Outputs(target=tmp_path)))))
+                list(read_frames(finished(run(Request(PROMPT, seed=seed), model, outputs=Outputs(folder=tmp_path)))))
             )
             for seed in (1, 1, 2)
         ]
@@ -181,19 +182,19 @@ def test_a_seed_is_a_clip(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_one_frame_makes_a_png_with_the_image_template(tiny_model: Path, tmp_path: Path) -> None:
     with open_model(tiny_model) as model:
-        path = finished(run(Request(PROMPT, frames=1), model, outputs=Outputs(target=tmp_path)))
+        path = finished(run(Request(PROMPT, frames=1), model, outputs=Outputs(folder=tmp_path)))
     assert path.suffix == ".png"
-    assert json.loads(read_metadata(path))["request"]["template"] == "image"
+    assert metadata.decode(read_metadata(path), path).request.template == "image"
 
 
 def test_latents_finish_a_clip_later(tiny_model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept.safetensors"
     with open_model(tiny_model) as model:
-        first = finished(run(Request(PROMPT), model, outputs=Outputs(target=tmp_path / "a.mp4", latents=kept)))
+        first = finished(run(Request(PROMPT), model, outputs=Outputs(file=tmp_path / "a.mp4", latents=kept)))
         latents, stored = load_latents(kept)
         assert latents.shape == (1, 16, 2, 4, 4)
-        assert resolved_from(json.loads(stored)).prompt == PROMPT
-        again = finished(list(decode_file(kept, model, Outputs(target=tmp_path / "b.mp4"))))
+        assert metadata.decode(stored, kept).request.prompt == PROMPT
+        again = finished(list(decode_file(kept, model, Outputs(file=tmp_path / "b.mp4"))))
     for ours, theirs in zip(read_frames(first), read_frames(again), strict=True):
         assert np.array_equal(ours, theirs)
 
@@ -202,8 +203,43 @@ def test_a_taken_name_is_refused_before_any_work(tiny_model: Path, tmp_path: Pat
     taken = tmp_path / "taken.mp4"
     taken.write_bytes(b"somebody's clip")
     with open_model(tiny_model) as model, pytest.raises(OutputError, match=r"taken\.mp4"):
-        next(generate(Request(PROMPT), model, outputs=Outputs(target=taken)))
+        next(generate(Request(PROMPT), model, outputs=Outputs(file=taken)))
     assert taken.read_bytes() == b"somebody's clip"
+
+
+def test_latents_that_somebody_keeps_are_never_overwritten(tiny_model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+    kept.write_bytes(b"from last night")
+    outputs = Outputs(folder=tmp_path, latents=kept)
+    with open_model(tiny_model) as model, pytest.raises(OutputError, match=r"kept\.safetensors"):
+        next(generate(Request(PROMPT), model, outputs=outputs))
+    assert kept.read_bytes() == b"from last night"
+
+
+def test_a_failed_allocation_is_does_not_fit(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    with open_model(tiny_model) as model:
+        model.dit()
+        monkeypatch.setattr(Dit, "run_block", no_memory)
+        with pytest.raises(DoesNotFit, match=r"tried to allocate 20\.00 GiB.*smaller --size"):
+            run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path))
+
+
+def test_a_damaged_part_is_found_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="diffusion_pytorch_model"), open_model(copy):
+        pass
+
+
+def test_parts_of_different_models_are_refused(tiny_model: Path) -> None:
+    other = paths.SHAPES_MODEL / "transformer"
+    with pytest.raises(WeightsError, match="they belong to different models"), open_model(tiny_model, dit=other):
+        pass
 
 
 def test_a_failed_decode_keeps_the_latents(
@@ -216,10 +252,10 @@ def test_a_failed_decode_keeps_the_latents(
         with monkeypatch.context() as patch:
             patch.setattr("hvlite.video.mp4.as_frame", full)
             with pytest.raises(OutputError, match="Make room"):
-                run(Request(PROMPT), model, outputs=Outputs(target=tmp_path / "clip.mp4"))
+                run(Request(PROMPT), model, outputs=Outputs(file=tmp_path / "clip.mp4"))
         assert list(tmp_path.iterdir()) == []
         (kept,) = (own_home / "latents").iterdir()
-        again = finished(list(decode_file(kept, model, Outputs(target=tmp_path / "clip.mp4"))))
+        again = finished(list(decode_file(kept, model, Outputs(file=tmp_path / "clip.mp4"))))
     assert len(list(read_frames(again))) == 5
 
 
@@ -227,16 +263,16 @@ def test_prompts_encoded_before_need_no_encoder(tiny_model: Path, tmp_path: Path
     with open_model(tiny_model) as model:
         prompts = encode_prompts([PROMPT], model)
         model.close()
-        first = finished(run(Request(PROMPT), model, outputs=Outputs(target=tmp_path), prompts=prompts))
+        first = finished(run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path), prompts=prompts))
         assert "text" not in model._parts
-        second = finished(run(Request(PROMPT), model, outputs=Outputs(target=tmp_path)))
+        second = finished(run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path)))
     for ours, theirs in zip(read_frames(first), read_frames(second), strict=True):
         assert np.array_equal(ours, theirs)
 
 
 def test_an_abandoned_run_leaves_nothing_and_holds_no_mode(tiny_model: Path, tmp_path: Path) -> None:
     with open_model(tiny_model) as model:
-        stream = generate(Request(PROMPT), model, outputs=Outputs(target=tmp_path))
+        stream = generate(Request(PROMPT), model, outputs=Outputs(folder=tmp_path))
         for event in stream:
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
@@ -263,13 +299,13 @@ def test_a_size_outside_the_table_is_a_note(tiny_model: Path, tmp_path: Path) ->
     with open_model(tiny_model) as model:
         known = replace(model.dims.defaults, known_sizes=((64, 64),))
         model.dims = replace(model.dims, defaults=known)
-        events = run(Request(PROMPT), model, outputs=Outputs(target=tmp_path))
+        events = run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path))
     assert any(isinstance(event, Note) and "not a published size" in event.text for event in events)
 
 
 def test_an_output_of_the_wrong_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with open_model(tiny_model) as model, pytest.raises(RequestError, match=r"5 frame\(s\) make a .mp4 file"):
-        run(Request(PROMPT), model, outputs=Outputs(target=tmp_path / "a.png"))
+    with open_model(tiny_model) as model, pytest.raises(RequestError, match=r"5 frame\(s\) make a \.mp4 file"):
+        run(Request(PROMPT), model, outputs=Outputs(file=tmp_path / "a.png"))
 
 
 def test_a_missing_model_says_where_it_was_looked_for(own_home: Path) -> None:

@@ -81,7 +81,7 @@ def test_rms_norm_rounds_before_the_weight() -> None:
     assert torch.equal(norm(x), rounded * norm.weight)
 
 
-def test_attention_equals_the_formula_and_allocates_no_square_on_meta() -> None:
+def test_attention_equals_the_formula_and_has_a_meta_kernel() -> None:
     q, k, v = torch.randn(3, 9, 2, 8)
     scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
@@ -98,6 +98,15 @@ def test_token_chunks_cover_every_token_once(tokens: int, chunk: int) -> None:
         assert part.stop - part.start == chunk
     last = chunks[-1].stop - chunks[-1].start
     assert len(chunks) == 1 or 64 <= last < chunk + 64
+
+
+def test_flash_attention_is_taken_where_it_works_and_never_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    assert choose_attention("cuda") == "flash"
+    assert choose_attention("cuda", "flash") == "flash"
+    assert choose_attention("cuda", None, torch.float32) == "sdpa"
+    with pytest.raises(DeviceError, match=r"takes bf16 and fp16, not torch\.float32"):
+        choose_attention("cuda", "flash", torch.float32)
 
 
 def test_an_attention_back_end_that_is_not_there_is_refused() -> None:

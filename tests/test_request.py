@@ -1,21 +1,22 @@
 """A Request's rules and wording: what every front end relies on."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvlite import metadata
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import ExitCode, RequestError
+from hvlite.metadata import Metadata, ModelMade
 from hvlite.request import (
     DEFAULT_NEGATIVE_PROMPT,
     MAX_SEED,
     Request,
-    as_fields,
-    resolved_from,
+    request_notes,
     unusual_size_note,
 )
 
@@ -33,7 +34,6 @@ from hvlite.request import (
         ({"flow_shift": 0.0}, "flow_shift must be 0.01 to 100"),
         ({"seed": -1}, "--seed -1 draws one"),
         ({"seed": MAX_SEED + 1}, "seed must be 0 to"),
-        ({"negative_prompt": "blur"}, "cfg_scale above 1"),
         ({"template": "poem"}, "template must be video or image"),
         ({"prompt": "a\0b"}, "no NUL"),
     ],
@@ -62,6 +62,15 @@ def test_true_guidance_brings_the_published_negative_prompt() -> None:
     assert Request("a", cfg_scale=6.0, negative_prompt="").resolve(HUNYUANVIDEO).negative_prompt == ""
 
 
+def test_what_has_no_effect_is_noted() -> None:
+    (note,) = request_notes(Request("a", negative_prompt="blur"), HUNYUANVIDEO)
+    assert "--cfg-scale" in note
+    assert request_notes(Request("a", negative_prompt="blur", cfg_scale=2.0), HUNYUANVIDEO) == []
+    assert Request("a", negative_prompt="blur").resolve(HUNYUANVIDEO).negative_prompt == ""
+    (note,) = request_notes(Request("a", flow_reverse=False), HUNYUANVIDEO)
+    assert "--no-flow-reverse" in note
+
+
 def test_one_frame_takes_the_image_template_unless_told_otherwise() -> None:
     assert Request("a", frames=1).resolve(HUNYUANVIDEO).template == "image"
     assert Request("a", frames=1, template="video").resolve(HUNYUANVIDEO).template == "video"
@@ -82,24 +91,39 @@ requests = st.builds(
 @given(requests)
 def test_a_resolved_request_survives_json_and_is_its_own_resolution(request: Request) -> None:
     resolved = request.resolve(HUNYUANVIDEO)
-    back = resolved_from(msgspec.json.decode(msgspec.json.encode(as_fields(resolved))))
-    assert back == resolved
+    made = Metadata(request=resolved, model=ModelMade(name="m", fingerprint="f"))
+    assert metadata.decode(metadata.encode(made), "a file") == made
     assert resolved.as_request().resolve(HUNYUANVIDEO) == resolved
     assert replace(resolved, seed=1).seed == 1
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("changes", "words"),
     [
-        ({}, "missing required field `prompt`"),
+        ({"request": {}}, "missing required field `prompt`"),
+        ({"request": []}, "Expected `object`"),
+        ({"model": "tiny"}, "Expected `object`, got `str`"),
+        ({"format": 99}, "metadata of format 99, this hvlite reads up to 1"),
+        ({"frames": 6}, "Nearest: 5"),
         ({"prompt": 3}, "Expected `str`, got `int`"),
-        (None, "Expected `object`"),
     ],
 )
-def test_a_broken_stored_request_is_named(fields: object, words: str) -> None:
-    with pytest.raises(RequestError, match="stored request cannot be read") as caught:
-        resolved_from(fields)
+def test_broken_metadata_is_one_line_that_names_the_field(changes: dict[str, object], words: str) -> None:
+    whole = metadata.as_json(
+        Metadata(request=Request("a").resolve(HUNYUANVIDEO), model=ModelMade(name="m", fingerprint="f"))
+    )
+    for name, value in changes.items():
+        (whole["request"] if name in whole["request"] else whole)[name] = value
+    with pytest.raises(RequestError, match=r"clip\.mp4") as caught:
+        metadata.decode(json.dumps(whole), "clip.mp4")
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_no_metadata_is_refused() -> None:
+    for text in ("", "[]", "{", '"x"'):
+        with pytest.raises(RequestError, match="cannot be read"):
+            metadata.decode(text, "clip.mp4")
 
 
 def test_sizes_outside_the_published_table_get_a_note() -> None:

@@ -179,7 +179,8 @@ def test_finished_frames_are_not_held_beside_the_next_ones() -> None:
 
     def canvases() -> set[int]:
         """Addresses of the storages that are as large as a whole temporal tile."""
-        storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) is Tensor]
+        tensors = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.layout is torch.strided]
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return {storage.data_ptr() for storage in storages if storage.nbytes() == 2 * 17 * 48 * 48 * 4}
 
     def decode(tile: Tensor) -> Tensor:

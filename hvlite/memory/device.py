@@ -1,4 +1,4 @@
-"""Which device a run uses, and what it must be able to do. The only module that asks CUDA anything.
+"""Which device a run uses, what it must be able to do, and waiting for it. The only module that asks CUDA anything.
 
 `cpu`, `cuda`, `cuda:N` and `meta` (real shapes, no bytes) are all there are.
 """
@@ -41,6 +41,28 @@ def check_dtype(device: torch.device, dtype: str) -> None:
         )
 
 
+def device_name(device: torch.device) -> str:
+    """The card's name, or the device's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has finished all that it was asked: what is then reported is done, not queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Return memory that no tensor holds to the driver."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA's and Python's own errors, or torch's CPU allocator, which has no class."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def unused_card_note() -> str | None:
     """A sentence if an NVIDIA driver is loaded that this torch cannot use; None otherwise."""
     if torch.cuda.is_available() or not NVIDIA_DRIVER.exists():
@@ -48,7 +70,7 @@ def unused_card_note() -> str | None:
     driver = NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace").splitlines()[0].strip()
     return (
         f"an NVIDIA driver is loaded ({driver}) but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot "
-        "use it. Update the driver, or install a torch build for it (see README, Installation)."
+        "use it. Update the driver, or install a torch build for it (see README, Install)."
     )
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvlite.dims import DitDims, LatentShape
+from hvlite.dims import SINUSOID_WIDTH, DitDims, LatentShape
 from hvlite.model.ops import (
     AffineLayerNorm,
     Linear,
@@ -30,8 +30,6 @@ from hvlite.model.ops import (
     sinusoid,
     token_chunks,
 )
-
-SINUSOID_WIDTH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

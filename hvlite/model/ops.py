@@ -41,7 +41,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight[part], None if self.bias is None else self.bias[part])
 
     def add_to(self, x: Tensor, out: Tensor) -> Tensor:
-        """out += x W^T, in place: one GEMM that accumulates, so the sum of two products is rounded once."""
+        """out += x W^T, in place: one GEMM that accumulates in fp32 onto `out`, without a tensor for the product."""
         return out.addmm_(x.to(self.weight.dtype), self.weight.t())
 
 
@@ -133,19 +133,22 @@ def token_chunks(tokens: int, chunk: int) -> list[slice]:
     return [slice(begin, end) for begin, end in zip(starts, [*starts[1:], tokens], strict=True)]
 
 
-def choose_attention(device_type: str, asked: str | None = None) -> str:
-    """The back end for this device: `asked`, else flash-attn where it is installed on CUDA, else SDPA."""
+def choose_attention(device_type: str, asked: str | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The back end: `asked`, else flash-attn where it is installed on CUDA and takes `dtype`, else SDPA."""
     if asked is not None and asked not in ATTENTION_BACKENDS:
         raise DeviceError(f"unknown attention back end {asked!r}; known: {', '.join(ATTENTION_BACKENDS)}")
     package = {"flash": "flash_attn", "sage": "sageattention"}
+    is_half = dtype in (torch.bfloat16, torch.float16)
     if asked in package:
         if device_type == "cpu" or importlib.util.find_spec(package[asked]) is None:
             raise DeviceError(
                 f"attention back end {asked!r} needs a CUDA device and the package {package[asked]}; "
                 f"device is {device_type}. Install the extra (see README), or use --attention sdpa."
             )
+        if not is_half:
+            raise DeviceError(f"attention back end {asked!r} takes bf16 and fp16, not {dtype}; use --attention sdpa")
         return asked
-    if asked is None and device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+    if asked is None and device_type == "cuda" and is_half and importlib.util.find_spec("flash_attn") is not None:
         return "flash"
     return "sdpa"
 

@@ -147,6 +147,8 @@ def build_clip(dims: ClipDims, dtype: torch.dtype = torch.float32) -> CLIPTextMo
         hidden_act=dims.activation,
         layer_norm_eps=dims.layer_norm_eps,
         eos_token_id=dims.eos_token,
+        bos_token_id=None,  # never used here; its default lies outside a small vocabulary
+        pad_token_id=None,
     )
     config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
@@ -163,21 +165,26 @@ def _freeze_empty(module: nn.Module, dtype: torch.dtype) -> None:
     module.eval()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the files that `load_tokenizer` needs are in this folder."""
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a local folder: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
 
     The class is chosen by the files alone: nothing in the folder can name code to run or reach the network.
     """
-    kind: type[PreTrainedTokenizerFast]
-    if (folder / "tokenizer.json").is_file():
-        kind = PreTrainedTokenizerFast
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        kind = CLIPTokenizer
-    else:
+    if not has_tokenizer(folder):
         raise WeightsError(
             f"{folder} holds no tokenizer: found neither tokenizer.json nor vocab.json with merges.txt. "
             "Copy the tokenizer's files there from the model's repository."
         )
+    kind: type[PreTrainedTokenizerFast] = CLIPTokenizer
+    if (folder / "tokenizer.json").is_file():
+        kind = PreTrainedTokenizerFast
     try:
         tokenizer: PreTrainedTokenizerFast = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for a malformed file

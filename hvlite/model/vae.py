@@ -410,26 +410,13 @@ class UpBlock(Level):
         return x_BTHWC
 
 
-def level_ratios(dims: VaeDims) -> list[tuple[int, int]]:
-    """(time, space) ratio of the step after each level: the first steps scale space, the last ones time.
-
-    Encoder and decoder share it: the decoder is no mirror image of the encoder (spec 3.3).
-    """
-    last = len(dims.channels) - 1
-    space_steps, time_steps = dims.spatial_ratio.bit_length() - 1, dims.temporal_ratio.bit_length() - 1
-    assert max(space_steps, time_steps) <= last, f"too few levels for these ratios: {dims}"
-    return [
-        (2 if last - time_steps <= level < last else 1, 2 if level < space_steps else 1) for level in range(last + 1)
-    ]
-
-
 class Encoder(nn.Module):
     """Frames -> moments, before `quant_conv`."""
 
     def __init__(self, dims: VaeDims):
         super().__init__()
         outputs = dims.channels
-        levels = zip((outputs[0], *outputs[:-1]), outputs, level_ratios(dims), strict=True)
+        levels = zip((outputs[0], *outputs[:-1]), outputs, dims.level_ratios, strict=True)
         self.conv_in = CausalConv(3, outputs[0])
         self.down_blocks = nn.ModuleList([DownBlock(ins, outs, dims, ratios) for ins, outs, ratios in levels])
         self.mid_block = MidBlock(outputs[-1], dims.norm_groups)
@@ -450,7 +437,7 @@ class Decoder(nn.Module):
     def __init__(self, dims: VaeDims):
         super().__init__()
         outputs = dims.channels[::-1]
-        levels = zip((outputs[0], *outputs[:-1]), outputs, level_ratios(dims), strict=True)
+        levels = zip((outputs[0], *outputs[:-1]), outputs, dims.level_ratios, strict=True)
         self.conv_in = CausalConv(dims.latent_channels, outputs[0])
         self.mid_block = MidBlock(outputs[0], dims.norm_groups)
         self.up_blocks = nn.ModuleList([UpBlock(ins, outs, dims, ratios) for ins, outs, ratios in levels])

@@ -7,10 +7,8 @@ modulation stands apart from the blocks, and the columns of `linear2` are two te
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from hvlite.dims import DitDims
+from hvlite.dims import SINUSOID_WIDTH, DitDims
 from hvlite.weights.keymap import Change, Part, Rule
-
-SINUSOID_WIDTH = 256
 
 DIT = Part(
     title="transformer",

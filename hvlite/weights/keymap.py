@@ -152,7 +152,7 @@ def vae_shapes(dims: VaeDims) -> Iterator[Named]:
     for level, (before, width) in enumerate(widths):
         block = f"encoder.down_blocks.{level}"
         yield from _resnets(block, before, width, dims.layers_per_block)
-        if _has_step(dims, level):
+        if dims.level_ratios[level] != (1, 1):
             yield from _conv(f"{block}.downsamplers.0.conv.conv", width, width)
     yield from _ends("encoder", last, last, 2 * latent)
     yield from _conv("quant_conv", 2 * latent, 2 * latent, 1)
@@ -163,16 +163,9 @@ def vae_shapes(dims: VaeDims) -> Iterator[Named]:
     for level, (before, width) in enumerate(zip((last, *climb[:-1]), climb, strict=True)):
         block = f"decoder.up_blocks.{level}"
         yield from _resnets(block, before, width, dims.layers_per_block + 1)
-        if _has_step(dims, level):
+        if dims.level_ratios[level] != (1, 1):
             yield from _conv(f"{block}.upsamplers.0.conv.conv", width, width)
     yield from _ends("decoder", last, first, 3)
-
-
-def _has_step(dims: VaeDims, level: int) -> bool:
-    """Whether a level ends in a change of size: the first ones halve space, the last but one time (spec 3.3)."""
-    last = len(dims.channels) - 1
-    space_steps, time_steps = dims.spatial_ratio.bit_length() - 1, dims.temporal_ratio.bit_length() - 1
-    return level < space_steps or last - time_steps <= level < last
 
 
 def _ends(half: str, middle: int, width: int, out: int) -> Iterator[Named]:

@@ -3,6 +3,8 @@
 Each `*_tensors` holds the whole file against the tables first, from headers only: every key is known, every parameter
 is there once and has its shape, or a WeightsError says which is not. Then the tensors come one by one, in the dtype of
 the file; fp8 comes dequantised to bf16. What becomes of them is up to the transform that `fill` is given.
+
+`wanted`, asked for the name of each of our tensors, spares reading the others; the whole file is checked all the same.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,28 +32,29 @@ from hvlite.weights.parts import Opened, open_part
 
 Tensors = Iterator[tuple[str, Tensor]]
 Transform = Callable[[str, Tensor], Tensor]
+Wanted = Callable[[str], bool]
 
 
-def dit_tensors(source: Path, dims: DitDims, load_key: str = "module") -> Tensors:
+def dit_tensors(source: Path, dims: DitDims, load_key: str = "module", wanted: Wanted | None = None) -> Tensors:
     """The transformer from any published layout (spec 2.1 to 2.5)."""
     opened = open_part(DIT, source, load_key)
-    return _read(opened, list(dit_rules(dims, opened.layout)))
+    return _read(opened, list(dit_rules(dims, opened.layout)), wanted)
 
 
-def vae_tensors(source: Path, dims: VaeDims) -> Tensors:
+def vae_tensors(source: Path, dims: VaeDims, wanted: Wanted | None = None) -> Tensors:
     """The VAE from either layout (spec 3.4)."""
     opened = open_part(VAE, source)
-    return _read(opened, list(vae_rules(dims, opened.layout)))
+    return _read(opened, list(vae_rules(dims, opened.layout)), wanted)
 
 
-def llama_tensors(source: Path, dims: LlamaDims) -> Tensors:
+def llama_tensors(source: Path, dims: LlamaDims, wanted: Wanted | None = None) -> Tensors:
     """The embedding and the layers in use from any of the language model's layouts (spec 4.1)."""
-    return _read(open_part(LLAMA, source), list(llama_rules(dims)), unused_llama_names(dims))
+    return _read(open_part(LLAMA, source), list(llama_rules(dims)), wanted, unused_llama_names(dims))
 
 
-def clip_tensors(source: Path, dims: ClipDims) -> Tensors:
+def clip_tensors(source: Path, dims: ClipDims, wanted: Wanted | None = None) -> Tensors:
     """The CLIP text tower, whether or not the file holds the image tower too (spec 4.2)."""
-    return _read(open_part(CLIP, source), list(clip_rules(dims)))
+    return _read(open_part(CLIP, source), list(clip_rules(dims)), wanted)
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], transform: Transform | None = None) -> None:
@@ -94,9 +97,9 @@ def _put(module: nn.Module, name: str, place: Tensor, value: Tensor) -> None:
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _read(opened: Opened, rules: list[Rule], unused: frozenset[str] = frozenset()) -> Tensors:
+def _read(opened: Opened, rules: list[Rule], wanted: Wanted | None, unused: frozenset[str] = frozenset()) -> Tensors:
     _check(opened, rules, unused)
-    return _follow_all(opened, rules)
+    return _follow_all(opened, rules, wanted)
 
 
 def _check(opened: Opened, rules: list[Rule], unused: frozenset[str]) -> None:
@@ -141,9 +144,10 @@ def _check_tensor(opened: Opened, stored: Stored, shape: tuple[int, ...], scale:
         )
 
 
-def _follow_all(opened: Opened, rules: list[Rule]) -> Tensors:
+def _follow_all(opened: Opened, rules: list[Rule], wanted: Wanted | None) -> Tensors:
     for rule in rules:
-        yield from _follow(opened, rule)  # holds no tensor while the next one is read
+        if wanted is None or any(wanted(name) for name, _ in rule.targets):
+            yield from _follow(opened, rule)  # holds no tensor while the next one is read
 
 
 def _follow(opened: Opened, rule: Rule) -> Tensors:

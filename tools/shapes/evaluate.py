@@ -45,7 +45,7 @@ def evaluate(model_folder: Path, seeds: int, clips: Path, dtype: str | None) -> 
                 target = clips / f"{number:02d}-seed{seed}.mp4"
                 target.unlink(missing_ok=True)
                 *_, last = generate(
-                    Request(scene.caption, seed=seed), model, outputs=Outputs(target=target), prompts=[prompt]
+                    Request(scene.caption, seed=seed), model, outputs=Outputs(file=target), prompts=[prompt]
                 )
                 assert isinstance(last, Finished)
                 seen = look_at(np.stack(list(read_frames(target))))

@@ -1,15 +1,16 @@
 """What a clip shows, from its pixels alone: colour, shape, direction, background."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from data import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene
 from numpy.typing import NDArray
 
-Pixels = NDArray[np.float32]
-MASK_DISTANCE = 0.25
+Pixels = NDArray[np.floating[Any]]
+ROUGH_DISTANCE = 0.25
+MIN_PIXELS = 12
 TEMPLATE_SIDE = 32
-SHAPE_FRAMES = (2, 5, 8, 11, 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,24 @@ def look_at(frames: NDArray[np.uint8]) -> Seen:
     """frames [F,H,W,3] -> what they show."""
     clip: Pixels = frames.astype(np.float32) / np.float32(255)
     back = np.median(_border(clip), axis=0)
-    masks = np.linalg.norm(clip - back, axis=-1) > MASK_DISTANCE
     background = _nearest(back, BACKGROUNDS)
-    if masks[0].sum() < 12 or masks[-1].sum() < 12:
+    rough = np.linalg.norm(clip - back, axis=-1) > ROUGH_DISTANCE
+    if min(rough[0].sum(), rough[-1].sum()) < MIN_PIXELS:
         return Seen(None, None, None, background)
-    colour = _nearest(np.median(clip[masks], axis=0), COLOURS)
+    front = np.median(clip[rough], axis=0)
+    masks = _inside(clip, back, front)
+    if min(masks[0].sum(), masks[-1].sum()) < MIN_PIXELS:
+        return Seen(None, None, None, background)
     move = _centroid(masks[-3:]) - _centroid(masks[:3])
     direction = max(DIRECTIONS, key=lambda word: float(np.dot(move, DIRECTIONS[word])))
-    return Seen(colour, _shape_of(masks), direction, background)
+    return Seen(_nearest(front, COLOURS), _shape_of(masks), direction, background)
+
+
+def _inside(clip: Pixels, back: Pixels, front: Pixels) -> NDArray[np.bool_]:
+    """Pixels more than half way from the background's colour to the object's: where a soft edge has its middle."""
+    axis = front - back
+    share: Pixels = (clip - back) @ axis / (axis @ axis)
+    return share > 0.5
 
 
 def _border(clip: Pixels) -> Pixels:
@@ -57,11 +68,10 @@ def _centroid(masks: NDArray[np.bool_]) -> Pixels:
 
 
 def _shape_of(masks: NDArray[np.bool_]) -> str:
-    """The ideal mask with the largest overlap, summed over several frames."""
+    """The ideal mask with the largest overlap, summed over the frames."""
     scores = dict.fromkeys(SHAPES, 0.0)
-    for frame in SHAPE_FRAMES:
-        mask = masks[min(frame, len(masks) - 1)]
-        if mask.sum() < 12:
+    for mask in masks:
+        if mask.sum() < MIN_PIXELS:
             continue
         boxed = _boxed(mask)
         for shape in SHAPES:

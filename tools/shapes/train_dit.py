@@ -32,7 +32,10 @@ BATCH = 32
 PEAK_RATE = 1e-3
 SEED = 11
 GUIDANCE = 6000.0
-TRAIN_SHIFT = 5.0
+# Shift of the noise levels: first composition (colour, place, motion), from DETAIL_STEP on the outline.
+COMPOSITION_SHIFT = 5.0
+DETAIL_SHIFT = 3.0
+DETAIL_STEP = 2800
 # (frames, height, width): clips a trained scene, batch size, share of the steps
 SETS: dict[tuple[int, int, int], tuple[int, int, float]] = {
     (17, 64, 64): (15, 32, 0.84),
@@ -215,18 +218,19 @@ def batch_for(step: int, sets: dict[tuple[int, int, int], ClipSet]) -> tuple[Ten
     )
 
 
-def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
+def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
     """Logit-normal (deviation 1.2) with 15 % uniform, then the schedule's shift."""
     base = torch.sigmoid(1.2 * torch.randn(count, generator=generator))
     uniform = torch.rand(count, generator=generator)
     base = torch.where(torch.rand(count, generator=generator) < 0.15, uniform, base)
-    return TRAIN_SHIFT * base / (1 + (TRAIN_SHIFT - 1) * base)
+    return shift * base / (1 + (shift - 1) * base)
 
 
 def loss_of(model: ShapesModel, step: int, sets: dict[tuple[int, int, int], ClipSet]) -> Tensor:
     latents, captions, template = batch_for(step, sets)
     generator = torch.Generator().manual_seed(step + 10**7)
-    sigmas = draw_sigmas(len(latents), generator)
+    shift = COMPOSITION_SHIFT if step < DETAIL_STEP else DETAIL_SHIFT
+    sigmas = draw_sigmas(len(latents), shift, generator)
     noise = torch.randn(latents.shape, generator=generator)
     mix = sigmas.view(-1, 1, 1, 1, 1)
     states, pooled = model.encode(captions, template)

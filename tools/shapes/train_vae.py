@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 CHANNELS = (16, 24, 48, 64)
 PHASE_1_STEPS = 2100
-PHASE_2_STEPS = 1000
+PHASE_2_STEPS = 800
 # (frames, side, clips): never one clip alone, for which torch takes a convolution that is five times slower
 MIX = ((5, 32, 8), (5, 64, 3), (9, 32, 5), (9, 64, 2), (17, 64, 2), (17, 32, 4), (1, 64, 8))
 MIX_2 = ((5, 64, 3), (9, 64, 2), (17, 64, 2), (17, 32, 4), (1, 64, 8))

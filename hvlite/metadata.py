@@ -1,0 +1,59 @@
+"""What a finished clip and kept latents say of themselves: one JSON object, written and read here alone. No torch."""
+
+from typing import Any
+
+import msgspec
+
+from hvlite.errors import RequestError
+from hvlite.request import ResolvedRequest, check_stored
+
+FORMAT = 1
+
+
+class ModelMade(msgspec.Struct, frozen=True, kw_only=True):
+    """The model that something was made with. `folder` is local: it is in kept latents and in no clip."""
+
+    name: str
+    fingerprint: str
+    folder: str | None = None
+
+
+class Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The whole resolved Request, the model, and how this machine rendered it."""
+
+    request: ResolvedRequest
+    model: ModelMade
+    format: int = FORMAT
+    versions: dict[str, str] = {}
+    device: str = ""
+    dtype: str = ""
+    attention: str = ""
+    profile: str = ""
+    decode_tile: dict[str, int] = {}
+    created: str = ""
+    timings: dict[str, float] = {}
+
+
+def encode(metadata: Metadata) -> str:
+    """As JSON text."""
+    return msgspec.json.encode(metadata).decode()
+
+
+def decode(text: str, source: object) -> Metadata:
+    """From JSON text that was found in `source`; RequestError names the field that is missing or wrong."""
+    try:
+        metadata = msgspec.json.decode(text, type=Metadata)
+        check_stored(metadata.request)
+    except (msgspec.DecodeError, RequestError) as error:
+        raise RequestError(f"{source}: its metadata cannot be read: {error}") from None
+    if metadata.format > FORMAT:
+        raise RequestError(
+            f"{source}: metadata of format {metadata.format}, this hvlite reads up to {FORMAT}: update hvlite"
+        )
+    return metadata
+
+
+def as_json(metadata: Metadata) -> dict[str, Any]:
+    """Plain values, for printing."""
+    values: dict[str, Any] = msgspec.to_builtins(metadata)
+    return values
