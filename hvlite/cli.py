@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from hvlite import paths
 from hvlite.errors import ExitCode, HvliteError, RequestError
+from hvlite.events import Note
 from hvlite.progress import Interrupted, Talk, interruptible, print_json, printable
 from hvlite.request import MAX_SEED, Request, Template
 
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from hvlite.line import Outputs
     from hvlite.metadata import Metadata, ModelMade
     from hvlite.opened import Model
+    from hvlite.weights.pack import Progress
+    from hvlite.weights.store import ListedStore
 
+Weights = Literal["bf16", "fp32", "int8", "int8-dynamic", "nf4", "nf4-double", "fp8"]
+TextWeights = Literal["fp16", "bf16", "fp32", "int8", "nf4", "nf4-double", "fp8"]
 PARTS = ("dit", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 app = App(
@@ -90,6 +95,10 @@ class ModelFlags:
     """cpu, cuda, cuda:N or meta (by default the CUDA device with most free memory, else cpu)."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """What the transformer computes in (by profile)."""
+    weights: Weights | None = None
+    """Form of the transformer's weights; other than bf16 the checkpoint is packed once (as in the file or store)."""
+    text_weights: TextWeights | None = None
+    """Form of the text encoder's weights."""
     attention: Literal["sdpa", "flash", "sage"] | None = None
     """Attention back end (flash-attn where it is installed, else torch's fused kernels)."""
 
@@ -123,6 +132,7 @@ def gen(
     like: Path | None = None,
     num_videos: int = 1,
     use_cpu_offload: bool = False,
+    use_fp8: bool = False,
 ) -> int:
     """Render a prompt to a file, now, in this process.
 
@@ -136,6 +146,8 @@ def gen(
         Clips with seeds seed, seed+1, ...
     use_cpu_offload
         Accepted as in the published tool; hvlite always loads the parts one after the other.
+    use_fp8
+        Accepted as in the published tool; hvlite knows fp8 weights by themselves.
     """
     what, how, where = what or RequestFlags(), how or ModelFlags(), where or OutputFlags()
     talk = Talk(quiet=where.quiet, as_json=where.json)
@@ -145,16 +157,21 @@ def gen(
     talk.say(f"model {name}, seed {', '.join(str(clip.seed) for clip in clips)}: {request.prompt}")
     if use_cpu_offload:
         talk.say("--use-cpu-offload changes nothing: parts are always loaded one after the other")
+    if use_fp8:
+        talk.say("--use-fp8 changes nothing: fp8 weights are known by themselves (--weights fp8 makes them)")
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
-        from hvlite.line import encode_prompts, generate, prompts_of
+        from hvlite.line import choose_places, encode_prompts, generate, prompts_of
 
         if made is not None and made.model.fingerprint != model.fingerprint:
             talk.say("these are not the weights that the clip was made with: it will differ")
         resolved = request.resolve(model.dims)
+        outputs = [_outputs(where, index if len(clips) > 1 else None) for index in range(len(clips))]
+        if model.device.type != "meta":
+            for each in outputs:
+                choose_places(each, resolved)  # what cannot be written is refused before the first clip
         prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if len(clips) > 1 else None
-        for index, clip in enumerate(clips):
-            outputs = _outputs(where, index if len(clips) > 1 else None)
-            stop.follow(generate(clip, model, outputs=outputs, prompts=prompts))
+        for clip, each in zip(clips, outputs, strict=True):
+            stop.follow(generate(clip, model, outputs=each, prompts=prompts))
     return ExitCode.DONE
 
 
@@ -172,8 +189,12 @@ def decode(latents: Path, *, how: ModelFlags | None = None, where: OutputFlags |
     from hvlite import metadata
     from hvlite.video.latents import load_latents
 
+    if where.save_latents is not None:
+        raise RequestError(f"decode makes no latents: leave --save-latents away; {latents} stays where it is")
     made = metadata.decode(load_latents(latents)[1], latents)
     name = _model_name(how, talk, made.model)
+    if how.model is None and how.vae is None and made.model.vae and Path(made.model.vae).exists():
+        how = replace(how, vae=Path(made.model.vae))
     talk.say(f"model {name}: {made.request.prompt}")
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
         from hvlite.line import decode_file
@@ -189,7 +210,7 @@ def info(file: Path, *, json: bool = False) -> int:
     Parameters
     ----------
     file
-        An .mp4 or .png that hvlite wrote.
+        An .mp4, a .png or latents that hvlite wrote.
     json
         One object on stdout.
     """
@@ -202,6 +223,119 @@ def info(file: Path, *, json: bool = False) -> int:
     for section in (values.pop("request"), values):
         for key, value in section.items():
             print(f"{key:16} {printable(_compact(value))}")
+    return ExitCode.DONE
+
+
+models = App(name="models", help="Packed stores: made, listed, checked, removed.")
+app.command(models)
+
+
+@models.command(name="pack")
+def pack_command(
+    source: str,
+    *,
+    weights: Weights = "bf16",
+    text_weights: TextWeights = "fp16",
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    delete_source: bool = False,
+) -> int:
+    """Turn a checkpoint of any published layout into a packed store, with the memory of one block.
+
+    Parameters
+    ----------
+    source
+        `shapes`, `hunyuanvideo`, or a checkpoint folder.
+    weights
+        Form of the transformer's weights.
+    text_weights
+        Form of the text encoder's weights.
+    output
+        The folder to make (by default one below HVLITE_HOME/packed).
+    delete_source
+        Delete the checkpoint's weight files when the store is verified.
+    """
+    talk = Talk()
+    with interruptible(talk):
+        from hvlite.opened import find_origin
+        from hvlite.origin import Packed
+        from hvlite.packing import pack_model, store_path, stored_formats
+        from hvlite.weights.pack import delete_source as delete
+        from hvlite.weights.store import open_store
+
+        origin = find_origin(source, {})
+        if isinstance(origin, Packed):
+            raise RequestError(f"{source} is a packed store already; pack the checkpoint that it was made from")
+        formats = stored_formats(weights, text_weights)
+        out = output or store_path(origin.sources, origin.dims, formats)
+        talk.say(f"packing {origin.folder} to {out}")
+        _follow_packing(pack_model(origin.sources, origin.dims, out, formats), talk)
+        if delete_source:
+            for event in delete(origin.sources, open_store(out)):
+                if isinstance(event, Note):
+                    talk.event(event)
+    talk.result(str(out))
+    return ExitCode.DONE
+
+
+@models.command(name="ls")
+def ls_command(*, json: bool = False) -> int:
+    """List the packed stores below HVLITE_HOME/packed."""
+    from hvlite.weights.store import list_stores
+
+    stores = list_stores(paths.packed_folder())
+    if json:
+        print_json({"stores": [_store_row(store) for store in stores]})
+        return ExitCode.DONE
+    for store in stores:
+        row = _store_row(store)
+        state = store.fault or f"{row['model']} {row['weights']}/{row['text_weights']}"
+        print(f"{store.disk_bytes / 1e9:8.2f} GB  {store.path}  {printable(state)}")
+    return ExitCode.DONE
+
+
+def _store_row(store: "ListedStore") -> dict[str, object]:
+    index = store.index
+    return {
+        "path": str(store.path),
+        "model": index.dims.name if index else None,
+        "weights": index.weights if index else None,
+        "text_weights": index.text_weights if index else None,
+        "bytes": store.disk_bytes,
+        "fault": store.fault,
+    }
+
+
+@models.command(name="verify")
+def verify_command(store: Path) -> int:
+    """Read a packed store whole and compare every hash.
+
+    Parameters
+    ----------
+    store
+        Its folder.
+    """
+    talk = Talk()
+    with interruptible(talk):
+        from hvlite.weights.store import open_store
+
+        for seen in open_store(store).verify():
+            talk.advance("verify", seen.done_bytes, seen.total_bytes, seen.file)
+    talk.result(f"{store}: every hash is right")
+    return ExitCode.DONE
+
+
+@models.command(name="rm")
+def rm_command(store: Path) -> int:
+    """Remove a packed store.
+
+    Parameters
+    ----------
+    store
+        Its folder; anything that is no store is refused.
+    """
+    from hvlite.weights.store import remove_store
+
+    remove_store(store)
     return ExitCode.DONE
 
 
@@ -266,10 +400,10 @@ def _model_name(how: ModelFlags, talk: Talk, made_with: "ModelMade | None") -> s
 
 
 def _name_of(made_with: "ModelMade") -> str:
-    if made_with.name in ("shapes", "hunyuanvideo"):
-        return made_with.name
     if made_with.folder is not None and Path(made_with.folder).is_dir():
         return made_with.folder
+    if made_with.name in ("shapes", "hunyuanvideo"):
+        return made_with.name
     raise RequestError(f"this was made with a model named {made_with.name!r}: say where it is with --model FOLDER")
 
 
@@ -303,6 +437,10 @@ def _read_made(file: Path) -> "Metadata":
     from hvlite import metadata
     from hvlite.video.mp4 import read_metadata
 
+    if file.suffix == ".safetensors":
+        from hvlite.video.latents import load_latents
+
+        return metadata.decode(load_latents(file)[1], file)
     return metadata.decode(read_metadata(file), file)
 
 
@@ -319,8 +457,41 @@ def _opened(name: str, how: ModelFlags, talk: Talk) -> Iterator["Model"]:
     default = "24g" if device.type in ("cuda", "meta") else "cpu"
     profile = load_profile(how.profile or default, dtype=how.dtype, attention=how.attention)
     files = {part: getattr(how, part) for part in PARTS}
-    with open_model(name, profile, str(device), **files) as model:
+    folder = name if device.type == "meta" else _packed_once(name, how, files, talk)
+    with open_model(folder, profile, str(device), dynamic=how.weights == "int8-dynamic", **files) as model:
         yield model
+
+
+def _packed_once(name: str, how: ModelFlags, files: dict[str, Path | None], talk: Talk) -> str | Path:
+    """What to open for --weights: the store itself, a checkpoint as it is, or the store that it is packed to once."""
+    from hvlite.opened import find_origin
+    from hvlite.origin import Packed
+    from hvlite.packing import check_formats, pack_model, store_path, stored_formats
+    from hvlite.weights.store import is_store
+
+    if how.weights is None and how.text_weights is None:
+        return name
+    origin = find_origin(name, files)
+    if isinstance(origin, Packed):
+        check_formats(origin.store, how.weights, how.text_weights)
+        return name
+    formats = stored_formats(how.weights, how.text_weights)
+    out = store_path(origin.sources, origin.dims, formats)
+    if not is_store(out):
+        talk.say(f"packing {origin.folder} once to {out}")
+        _follow_packing(pack_model(origin.sources, origin.dims, out, formats), talk)
+    files.clear()
+    return out
+
+
+def _follow_packing(progress: "Iterator[Progress]", talk: Talk) -> None:
+    for event in progress:
+        if isinstance(event, Note):
+            talk.event(event)
+        else:
+            size = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
+            talk.advance("pack", event.done_bytes, event.total_bytes, f"{size}  {event.slab}")
+    talk.close()
 
 
 def _outputs(where: OutputFlags, index: int | None) -> "Outputs":

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from hvlite import metadata, paths, sampler
@@ -27,6 +28,7 @@ from hvlite.metadata import Metadata, ModelMade
 from hvlite.model.dit import Activations, Conditioning, Dit, Workspace
 from hvlite.model.text import PromptStates
 from hvlite.opened import Model, open_model
+from hvlite.origin import Checkpoint
 from hvlite.profile import Profile
 from hvlite.request import Request, ResolvedRequest, request_notes
 from hvlite.video.frames import FrameLike, frames_to_uint8
@@ -157,9 +159,8 @@ def prompts_of(resolved: ResolvedRequest) -> list[str]:
 
 def encode_prompts(texts: Sequence[str], model: Model, template: str = "video") -> list[PromptStates]:
     """Text states without padding and the pooled vector of each text; several cost one load of the encoders."""
-    states = model.encode(list(texts), template)
-    model.release("text")
-    return states
+    with released(model):
+        return model.encode(list(texts), template)
 
 
 def prepare_schedule(
@@ -312,8 +313,11 @@ def _open_clip(path: Path, made: str, title: str) -> Iterator[Callable[[FrameLik
 
 def model_made(model: Model, *, with_folder: bool = False) -> ModelMade:
     """How a file names the model that made it."""
-    folder = str(model.sources.folder.resolve()) if with_folder and model.sources else None
-    return ModelMade(name=model.dims.name, fingerprint=model.fingerprint, folder=folder)
+    made = ModelMade(name=model.dims.name, fingerprint=model.fingerprint)
+    if not with_folder or model.origin is None:
+        return made
+    vae = str(model.origin.sources.vae.resolve()) if isinstance(model.origin, Checkpoint) else None
+    return replace(made, folder=str(model.origin.folder.resolve()), vae=vae)
 
 
 def clip_metadata(model: Model, resolved: ResolvedRequest, geometry: TileGeometry, timings: Timings) -> Metadata:
@@ -338,7 +342,10 @@ def clip_metadata(model: Model, resolved: ResolvedRequest, geometry: TileGeometr
 
 
 def decode_file(path: Path, model: Model, outputs: Outputs | None = None) -> Generator[Event, None, None]:
-    """Finish a clip from saved latents: they carry the Request, so nothing else is needed."""
+    """Finish a clip from saved latents: they carry the Request, so nothing else is needed.
+
+    Latents that a failed run left in hvlite's own folder are removed when the clip is written; others stay.
+    """
     latents, stored = load_latents(path)
     made = metadata.decode(stored, path)
     shape = latent_shape(made.request.size, made.request.frames, model.dims.vae)
@@ -351,4 +358,6 @@ def decode_file(path: Path, model: Model, outputs: Outputs | None = None) -> Gen
     with released(model):
         places = choose_places(outputs or Outputs(), made.request)
         yield from write_clip(model, made.request, latents, places, timings)
+    if path.resolve().parent == paths.latents_folder().resolve():
+        path.unlink(missing_ok=True)
     yield Finished(places.clip, timings.seconds)

@@ -10,12 +10,19 @@ from hvlite.request import ResolvedRequest, check_stored
 FORMAT = 1
 
 
-class ModelMade(msgspec.Struct, frozen=True, kw_only=True):
-    """The model that something was made with. `folder` is local: it is in kept latents and in no clip."""
+class ModelMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The model that something was made with. `folder` and `vae` are local: they are in kept latents, in no clip."""
 
     name: str
     fingerprint: str
     folder: str | None = None
+    vae: str | None = None
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    """What every format has."""
+
+    format: int = FORMAT
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -42,14 +49,13 @@ def encode(metadata: Metadata) -> str:
 def decode(text: str, source: object) -> Metadata:
     """From JSON text that was found in `source`; RequestError names the field that is missing or wrong."""
     try:
+        found = msgspec.json.decode(text, type=_Envelope).format
+        if found > FORMAT:
+            raise RequestError(f"it is of format {found}, this hvlite reads up to {FORMAT}: update hvlite")
         metadata = msgspec.json.decode(text, type=Metadata)
         check_stored(metadata.request)
     except (msgspec.DecodeError, RequestError) as error:
         raise RequestError(f"{source}: its metadata cannot be read: {error}") from None
-    if metadata.format > FORMAT:
-        raise RequestError(
-            f"{source}: metadata of format {metadata.format}, this hvlite reads up to {FORMAT}: update hvlite"
-        )
     return metadata
 
 

@@ -4,13 +4,13 @@ The owner of every loaded part. A part is loaded when first asked for and given 
 the whole model is small enough to stay (`keep_warm`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO, ModelDims
@@ -30,9 +30,12 @@ from hvlite.model.text import (
     text_template,
 )
 from hvlite.model.vae import Vae
+from hvlite.origin import Checkpoint, Origin, Packed
 from hvlite.profile import Profile, load_profile
+from hvlite.quant.swap import swap
 from hvlite.weights import load
-from hvlite.weights.sources import Sources, find_sources, fingerprint, read_dims, source_bytes
+from hvlite.weights.sources import Sources, find_sources, read_dims
+from hvlite.weights.store import is_store, open_store
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEEP_WARM_BYTES = 1 << 30
@@ -43,8 +46,8 @@ REAL = "hunyuanvideo"
 class Model:
     """See the module's text. Made by `open_model`."""
 
-    def __init__(self, sources: Sources | None, dims: ModelDims, profile: Profile, device: torch.device) -> None:
-        self.sources = sources
+    def __init__(self, origin: Origin | None, dims: ModelDims, profile: Profile, device: torch.device) -> None:
+        self.origin = origin
         self.dims = dims
         self.profile = profile
         self.device = device
@@ -68,15 +71,15 @@ class Model:
         heads = self.dims.dit.heads
         return next(n for n in range(min(self.profile.head_groups, heads), 0, -1) if heads % n == 0)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Identifies the weight files (see `weights.sources.fingerprint`)."""
-        return fingerprint(self.sources) if self.sources else "none"
+        """Identifies the weights; `none` for a model that has dims only."""
+        return self.origin.fingerprint if self.origin else "none"
 
     @cached_property
     def keep_warm(self) -> bool:
-        """Whether all weight files together are so small that parts stay loaded between stages and clips."""
-        return self.sources is not None and source_bytes(self.sources) <= KEEP_WARM_BYTES
+        """Whether all weights together are so small that parts stay loaded between stages and clips."""
+        return self.origin is not None and self.origin.nbytes <= KEEP_WARM_BYTES
 
     def dit(self) -> Dit:
         """The transformer, on the device."""
@@ -92,11 +95,11 @@ class Model:
 
     def encode(self, texts: list[str], template: str) -> list[PromptStates]:
         """Prompt states of `texts`, by encoders that are loaded if they are not."""
-        if self.sources is None:
+        if self.origin is None:
             llama = build_llama(self.dims.llama, self.text_dtype)
             clip = build_clip(self.dims.clip, self.text_dtype)
             return [meta_prompt_states(llama, clip, text_template(template)) for _ in texts]
-        part = self._parts.get("text") or self._load_text(self.sources)
+        part = self._parts.get("text") or self._load_text(self.origin)
         assert isinstance(part, TextEncoders)
         return encode_prompts(texts, part, text_template(template))
 
@@ -119,38 +122,44 @@ class Model:
     def _load_dit(self) -> Dit:
         with torch.device("meta"):
             dit = Dit(self.dims.dit).to(self.dtype)
-        if self.sources:
-            self._fill(dit, load.dit_tensors(self.sources.dit, self.dims.dit), self.dtype)
+        if self.origin:
+            self._fill(dit, self.origin, "dit", self.origin.weights)
         self._parts["dit"] = dit
         return dit
 
     def _load_vae(self) -> Vae:
         with torch.device("meta"):
             vae = Vae(self.dims.vae).to(self.vae_dtype)
-        if self.sources:
-            self._fill(vae, load.vae_tensors(self.sources.vae, self.dims.vae), self.vae_dtype)
+        if self.origin:
+            self._fill(vae, self.origin, "vae")
         self._parts["vae"] = vae
         return vae
 
-    def _load_text(self, sources: Sources) -> TextEncoders:
+    def _load_text(self, origin: Origin) -> TextEncoders:
         llama = build_llama(self.dims.llama, self.text_dtype)
         clip = build_clip(self.dims.clip, self.text_dtype)
-        self._fill(llama, load.llama_tensors(sources.text_encoder, self.dims.llama), self.text_dtype)
-        self._fill(clip, load.clip_tensors(sources.text_encoder_2, self.dims.clip), self.text_dtype)
+        self._fill(llama, origin, "text", origin.text_weights)
+        self._fill(clip, origin, "clip")
         for encoder in (llama, clip):
             nn.Module.to(encoder, self.device)
         encoders = TextEncoders(
             llama=llama,
-            llama_tokenizer=load_tokenizer(sources.tokenizer),
+            llama_tokenizer=load_tokenizer(origin.tokenizer("tokenizer")),
             clip=clip,
-            clip_tokenizer=load_tokenizer(sources.tokenizer_2),
+            clip_tokenizer=load_tokenizer(origin.tokenizer("tokenizer_2")),
             device=self.device,
         )
         self._parts["text"] = encoders
         return encoders
 
-    def _fill(self, module: nn.Module, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-        load.fill(module, tensors, lambda _name, tensor: tensor.to(self.device, dtype))
+    def _fill(self, module: nn.Module, origin: Origin, part: str, weights: str | None = None) -> None:
+        """Give the empty module its weights, each in the dtype that the module has for it."""
+        if weights is not None:
+            swap(module, weights)
+        dtypes = {name: place.dtype for name, place in module.state_dict(keep_vars=True).items()}
+        load.fill(
+            module, origin.tensors(part), lambda name, tensor: tensor.to(self.device, dtypes.get(name, tensor.dtype))
+        )
 
 
 @contextmanager
@@ -158,11 +167,14 @@ def open_model(
     model: str | Path,
     profile: Profile | None = None,
     device: str | None = None,
+    *,
+    dynamic: bool = False,
     **files: Path | None,
 ) -> Iterator[Model]:
-    """Open `shapes`, `hunyuanvideo` or a model folder; parts are loaded when they are needed.
+    """Open `shapes`, `hunyuanvideo`, a checkpoint folder or a packed store; parts are loaded when they are needed.
 
-    `files` replace single parts: dit, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2.
+    `files` replace single parts of a checkpoint: dit, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2.
+    `dynamic` multiplies int8 weights of a store by int8 activations.
     """
     chosen = choose_device(device)
     profile = profile or load_profile("24g" if chosen.type == "cuda" else "cpu")
@@ -170,33 +182,45 @@ def open_model(
     choose_attention(chosen.type, profile.attention, DTYPES[profile.dtype])
     if chosen.type == "cpu" and profile.dtype == "fp16":
         raise ProfileError("dtype fp16 has no fast kernels on a CPU; use --dtype fp32 or bf16, or a CUDA device")
-    opened = _open(model, files, profile, chosen)
+    if chosen.type == "meta" and model == REAL:
+        opened = Model(None, HUNYUANVIDEO, profile, chosen)
+    else:
+        origin = find_origin(model, files, dynamic=dynamic)
+        opened = Model(origin, origin.dims, profile, chosen)
     try:
         yield opened
     finally:
         opened.close()
 
 
-def _open(model: str | Path, files: dict[str, Path | None], profile: Profile, device: torch.device) -> Model:
-    if device.type == "meta" and model == REAL:
-        return Model(None, HUNYUANVIDEO, profile, device)
+def find_origin(model: str | Path, files: Mapping[str, Path | None], *, dynamic: bool = False) -> Origin:
+    """The store, or the checkpoint, that a model's name or folder stands for; checked by headers alone."""
     given = {name: path for name, path in files.items() if path is not None}
+    folder = model_folder(model)
+    if is_store(folder):
+        if given:
+            raise WeightsError(
+                f"{folder} is a packed store: its parts cannot be replaced (asked for {', '.join(given)})"
+            )
+        return Packed(open_store(folder), dynamic)
+    return open_checkpoint(folder, given)
+
+
+def open_checkpoint(folder: Path, given: dict[str, Path]) -> Checkpoint:
+    """A checkpoint folder with single parts replaced; WeightsError says what does not belong together."""
     for name, path in given.items():
         if not path.exists():
             raise WeightsError(f"{path} (given for {name}) does not exist")
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        folder = given.get(encoder)
-        if folder is not None and tokenizer not in given and has_tokenizer(folder):
-            given[tokenizer] = folder
-    sources = find_sources(model_folder(model), given)
-    dims = read_dims(sources)
-    check_parts(sources, dims)
-    # held against their headers now: a damaged part must not end a run that has already taken hours
-    load.dit_tensors(sources.dit, dims.dit)
-    load.vae_tensors(sources.vae, dims.vae)
-    load.llama_tensors(sources.text_encoder, dims.llama)
-    load.clip_tensors(sources.text_encoder_2, dims.clip)
-    return Model(sources, dims, profile, device)
+        own = given.get(encoder)
+        if own is not None and tokenizer not in given and has_tokenizer(own):
+            given[tokenizer] = own
+    sources = find_sources(folder, given)
+    checkpoint = Checkpoint(sources, read_dims(sources))
+    check_parts(sources, checkpoint.dims)
+    for part in ("dit", "vae", "text", "clip"):
+        checkpoint.tensors(part)  # held against the headers now: a damaged part must not end a run after hours
+    return checkpoint
 
 
 def check_parts(sources: Sources, dims: ModelDims) -> None:

@@ -24,6 +24,11 @@ def models_folder() -> Path:
     return home() / "models"
 
 
+def packed_folder() -> Path:
+    """Where packed stores live."""
+    return home() / "packed"
+
+
 def latents_folder() -> Path:
     """Final latents of clips that are being decoded, or whose decode failed."""
     return home() / "latents"

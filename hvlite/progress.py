@@ -53,7 +53,11 @@ class Talk:
     def say(self, text: str) -> None:
         """One line on stderr."""
         if not self.quiet:
-            self.console.print(printable(text), markup=False, soft_wrap=True)
+            self.insist(text)
+
+    def insist(self, text: str) -> None:
+        """One line on stderr that even --quiet does not silence."""
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def result(self, text: str) -> None:
         """One line on stdout."""
@@ -75,9 +79,9 @@ class Talk:
             case BlockDone():
                 done = event.step * event.blocks + event.block + 1
                 where = f"step {event.step + 1}/{event.steps} block {event.block + 1}/{event.blocks}"
-                self._advance("denoise", done, event.steps * event.blocks, where)
+                self.advance("denoise", done, event.steps * event.blocks, where)
             case TileDone():
-                self._advance("decode", event.tile + 1, event.tiles, f"tile {event.tile + 1}/{event.tiles}")
+                self.advance("decode", event.tile + 1, event.tiles, f"tile {event.tile + 1}/{event.tiles}")
             case Saved("latents", path):
                 self.latents = path
             case Finished(path, timings):
@@ -95,7 +99,8 @@ class Talk:
             self.meter.close()
             self.meter = None
 
-    def _advance(self, stage: str, done: int, total: int, where: str) -> None:
+    def advance(self, stage: str, done: int, total: int, where: str) -> None:
+        """Move the bar of `stage`, or write a line of it."""
         if self.quiet:
             return
         if self.meter is None:
@@ -174,12 +179,12 @@ class Stop:
                 self.talk.event(event)
                 if isinstance(event, Stage):
                     self.deferred = event.name in ("denoise", "decode")
-                if self.code is not None and isinstance(event, BlockDone | TileDone):
+                if self.code is not None and isinstance(event, BlockDone | TileDone | Stage):
                     raise Interrupted(self.code)
         except BaseException:
             self.talk.close()
             if self.talk.latents is not None:
-                self.talk.say(f"the finished latents are safe; finish with: hvlite decode {self.talk.latents}")
+                self.talk.insist(f"the finished latents are safe; finish with: hvlite decode {self.talk.latents}")
             raise
         finally:
             self.deferred = False

@@ -53,7 +53,7 @@ def test_every_published_flag_is_accepted_with_its_name(
     published = (
         *("--prompt", "a red circle", "--video-size", "32", "48", "--video-length", "5", "--infer-steps", "1"),
         *("--embedded-cfg-scale", "5", "--flow-shift", "6", "--flow-reverse", "--neg-prompt", "blue"),
-        *("--cfg-scale", "2", "--seed", "3", "--use-cpu-offload", "--num-videos", "2"),
+        *("--cfg-scale", "2", "--seed", "3", "--use-cpu-offload", "--use-fp8", "--num-videos", "2"),
     )
     code, out, err = call(capsys, "gen", *published, *model)
     assert code == ExitCode.DONE, err
@@ -141,15 +141,33 @@ def test_errors_are_one_line_with_their_exit_code(
 def test_decode_finishes_kept_latents(capsys: pytest.CaptureFixture[str], model: Sequence[str], tmp_path: Path) -> None:
     kept = str(tmp_path / "kept.safetensors")
     call(capsys, "gen", "a red circle", *CLIP, "--save-latents", kept, *model)
-    code, out, err = call(capsys, "decode", kept, *model)
+    code, out, err = call(capsys, "decode", kept, "--save-path", str(tmp_path), "--device", "cpu")
     assert code == ExitCode.DONE, err
     assert Path(out.strip()).is_file()
+    assert "a red circle" in call(capsys, "info", kept)[1]
+    assert call(capsys, "decode", kept, "--save-latents", "x.safetensors")[0] == ExitCode.USAGE
     code, out, err = call(capsys, "decode", "/nowhere.safetensors", *model)
     assert (code, out) == (ExitCode.USAGE, "")
     assert "/nowhere.safetensors" in err
 
 
-def test_a_first_sigint_stops_at_a_block_and_exits_130(tiny_model: Path, tmp_path: Path) -> None:
+def test_several_clips_are_checked_before_the_first_is_rendered(
+    capsys: pytest.CaptureFixture[str], model: Sequence[str], tmp_path: Path
+) -> None:
+    (tmp_path / "k-1.safetensors").write_bytes(b"from last night")
+    flags = ("--num-videos", "2", "--save-latents", str(tmp_path / "k.safetensors"))
+    code, out, err = call(capsys, "gen", "a", *CLIP, *flags, *model)
+    assert (code, out) == (ExitCode.FAILED, "")
+    assert "k-1.safetensors" in err
+    assert not (tmp_path / "k-0.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.TERMINATED)]
+)
+def test_a_first_signal_stops_at_a_block(
+    tiny_model: Path, tmp_path: Path, number: signal.Signals, code: ExitCode
+) -> None:
     command = [sys.executable, "-m", "hvlite.cli", "gen", "a red circle", "--model", str(tiny_model)]
     command += ["--device", "cpu", "--save-path", str(tmp_path), "--steps", "1000", "--json"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -160,11 +178,11 @@ def test_a_first_sigint_stops_at_a_block_and_exits_130(tiny_model: Path, tmp_pat
         assert process.stderr is not None
         for line in process.stdout:
             if json.loads(line)["event"] == "BlockDone":
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         rest = [json.loads(line)["event"] for line in process.stdout]
         error = process.stderr.read()
-    assert process.returncode == ExitCode.INTERRUPTED, error
+    assert process.returncode == code, error
     assert "stopping at the next block" in error
     assert "Finished" not in rest
     assert list(tmp_path.iterdir()) == []

@@ -103,7 +103,7 @@ def test_a_resolved_request_survives_json_and_is_its_own_resolution(request: Req
         ({"request": {}}, "missing required field `prompt`"),
         ({"request": []}, "Expected `object`"),
         ({"model": "tiny"}, "Expected `object`, got `str`"),
-        ({"format": 99}, "metadata of format 99, this hvlite reads up to 1"),
+        ({"format": 99}, "it is of format 99, this hvlite reads up to 1"),
         ({"frames": 6}, "Nearest: 5"),
         ({"prompt": 3}, "Expected `str`, got `int`"),
     ],

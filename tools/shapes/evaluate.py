@@ -9,6 +9,7 @@ is decoded again and measured. Prints a table with 95 % intervals (Wilson) and, 
 import argparse
 import json
 import math
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -57,7 +58,7 @@ def evaluate(model_folder: Path, seeds: int, clips: Path, dtype: str | None) -> 
     return hits, len(scenes) * seeds, misses
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("hvlite/assets/shapes"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -75,7 +76,8 @@ def main() -> None:
         rows[name] = {"hits": hits[name], "share": hits[name] / count, "low": low, "high": high}
         print(f"| {name} | {hits[name]} | {hits[name] / count:.1%} | {low:.1%} to {high:.1%} | {goal:.0%} |")
     print(json.dumps({"clips": count, "seconds": round(time.monotonic() - began), "attributes": rows}))
+    return 0 if all(hits[name] / count >= goal for name, goal in GOALS.items()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
