@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from hvlite import paths
 from hvlite.errors import ExitCode, HvliteError, RequestError
-from hvlite.events import Note
+from hvlite.formats import TextWeights, Weights
 from hvlite.progress import Interrupted, Talk, interruptible, print_json, printable
 from hvlite.request import MAX_SEED, Request, Template
 
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     from hvlite.line import Outputs
     from hvlite.metadata import Metadata, ModelMade
     from hvlite.opened import Model
-    from hvlite.weights.pack import Progress
-    from hvlite.weights.store import ListedStore
 
-Weights = Literal["bf16", "fp32", "int8", "int8-dynamic", "nf4", "nf4-double", "fp8"]
-TextWeights = Literal["fp16", "bf16", "fp32", "int8", "nf4", "nf4-double", "fp8"]
 PARTS = ("dit", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 app = App(
@@ -41,6 +37,7 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative=()),
 )
+app.command("hvlite.cli_models:models", name="models", help="Packed stores: made, listed, checked, removed.")
 
 
 @Parameter(name="*")
@@ -226,119 +223,6 @@ def info(file: Path, *, json: bool = False) -> int:
     return ExitCode.DONE
 
 
-models = App(name="models", help="Packed stores: made, listed, checked, removed.")
-app.command(models)
-
-
-@models.command(name="pack")
-def pack_command(
-    source: str,
-    *,
-    weights: Weights = "bf16",
-    text_weights: TextWeights = "fp16",
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
-    delete_source: bool = False,
-) -> int:
-    """Turn a checkpoint of any published layout into a packed store, with the memory of one block.
-
-    Parameters
-    ----------
-    source
-        `shapes`, `hunyuanvideo`, or a checkpoint folder.
-    weights
-        Form of the transformer's weights.
-    text_weights
-        Form of the text encoder's weights.
-    output
-        The folder to make (by default one below HVLITE_HOME/packed).
-    delete_source
-        Delete the checkpoint's weight files when the store is verified.
-    """
-    talk = Talk()
-    with interruptible(talk):
-        from hvlite.opened import find_origin
-        from hvlite.origin import Packed
-        from hvlite.packing import pack_model, store_path, stored_formats
-        from hvlite.weights.pack import delete_source as delete
-        from hvlite.weights.store import open_store
-
-        origin = find_origin(source, {})
-        if isinstance(origin, Packed):
-            raise RequestError(f"{source} is a packed store already; pack the checkpoint that it was made from")
-        formats = stored_formats(weights, text_weights)
-        out = output or store_path(origin.sources, origin.dims, formats)
-        talk.say(f"packing {origin.folder} to {out}")
-        _follow_packing(pack_model(origin.sources, origin.dims, out, formats), talk)
-        if delete_source:
-            for event in delete(origin.sources, open_store(out)):
-                if isinstance(event, Note):
-                    talk.event(event)
-    talk.result(str(out))
-    return ExitCode.DONE
-
-
-@models.command(name="ls")
-def ls_command(*, json: bool = False) -> int:
-    """List the packed stores below HVLITE_HOME/packed."""
-    from hvlite.weights.store import list_stores
-
-    stores = list_stores(paths.packed_folder())
-    if json:
-        print_json({"stores": [_store_row(store) for store in stores]})
-        return ExitCode.DONE
-    for store in stores:
-        row = _store_row(store)
-        state = store.fault or f"{row['model']} {row['weights']}/{row['text_weights']}"
-        print(f"{store.disk_bytes / 1e9:8.2f} GB  {store.path}  {printable(state)}")
-    return ExitCode.DONE
-
-
-def _store_row(store: "ListedStore") -> dict[str, object]:
-    index = store.index
-    return {
-        "path": str(store.path),
-        "model": index.dims.name if index else None,
-        "weights": index.weights if index else None,
-        "text_weights": index.text_weights if index else None,
-        "bytes": store.disk_bytes,
-        "fault": store.fault,
-    }
-
-
-@models.command(name="verify")
-def verify_command(store: Path) -> int:
-    """Read a packed store whole and compare every hash.
-
-    Parameters
-    ----------
-    store
-        Its folder.
-    """
-    talk = Talk()
-    with interruptible(talk):
-        from hvlite.weights.store import open_store
-
-        for seen in open_store(store).verify():
-            talk.advance("verify", seen.done_bytes, seen.total_bytes, seen.file)
-    talk.result(f"{store}: every hash is right")
-    return ExitCode.DONE
-
-
-@models.command(name="rm")
-def rm_command(store: Path) -> int:
-    """Remove a packed store.
-
-    Parameters
-    ----------
-    store
-        Its folder; anything that is no store is refused.
-    """
-    from hvlite.weights.store import remove_store
-
-    remove_store(store)
-    return ExitCode.DONE
-
-
 def main() -> None:
     """Run the command line; every error ends in one line and its exit code."""
     if sys.platform == "win32":
@@ -479,19 +363,9 @@ def _packed_once(name: str, how: ModelFlags, files: dict[str, Path | None], talk
     out = store_path(origin.sources, origin.dims, formats)
     if not is_store(out):
         talk.say(f"packing {origin.folder} once to {out}")
-        _follow_packing(pack_model(origin.sources, origin.dims, out, formats), talk)
+        talk.follow_packing(pack_model(origin.sources, origin.dims, out, formats))
     files.clear()
     return out
-
-
-def _follow_packing(progress: "Iterator[Progress]", talk: Talk) -> None:
-    for event in progress:
-        if isinstance(event, Note):
-            talk.event(event)
-        else:
-            size = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
-            talk.advance("pack", event.done_bytes, event.total_bytes, f"{size}  {event.slab}")
-    talk.close()
 
 
 def _outputs(where: OutputFlags, index: int | None) -> "Outputs":

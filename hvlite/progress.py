@@ -20,6 +20,8 @@ from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, TileDo
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hvlite.weights.pack import Progress
+
 PLAIN_SECONDS = 60.0
 # The stages without a bar of their own.
 STAGE_WORDS = {
@@ -92,6 +94,16 @@ class Talk:
                     self.result(str(path))
             case _:
                 pass
+
+    def follow_packing(self, stream: "Iterator[Progress]") -> None:
+        """Show how far a packing is."""
+        for event in stream:
+            if isinstance(event, Note):
+                self.event(event)
+            else:
+                size = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
+                self.advance("pack", event.done_bytes, event.total_bytes, f"{size}  {event.slab}")
+        self.close()
 
     def close(self) -> None:
         """End the running bar."""
@@ -181,14 +193,12 @@ class Stop:
                     self.deferred = event.name in ("denoise", "decode")
                 if self.code is not None and isinstance(event, BlockDone | TileDone | Stage):
                     raise Interrupted(self.code)
-        except BaseException:
-            self.talk.close()
-            if self.talk.latents is not None:
-                self.talk.insist(f"the finished latents are safe; finish with: hvlite decode {self.talk.latents}")
-            raise
         finally:
             self.deferred = False
             stream.close()
+            self.talk.close()
+            if self.talk.latents is not None:  # the clip that they belong to was not finished
+                self.talk.insist(f"the finished latents are safe; finish with: hvlite decode {self.talk.latents}")
 
 
 @contextmanager

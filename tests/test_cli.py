@@ -191,5 +191,5 @@ def test_a_first_signal_stops_at_a_block(
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "--help")
     assert code == ExitCode.DONE
-    for command in ("gen", "info", "decode"):
+    for command in ("gen", "info", "decode", "models"):
         assert command in out

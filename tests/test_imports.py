@@ -30,7 +30,12 @@ LIGHT = (
     "hvlite.jobs.eta",
     "hvlite.tui",
     "hvlite.tui.app",
+    "hvlite.formats",
+    "hvlite.metadata",
+    "hvlite.weights.layout",
+    "hvlite.weights.mounts",
     "hvlite.progress",
+    "hvlite.cli_models",
     "hvlite.cli",
 )
 HEAVY = (

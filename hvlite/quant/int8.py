@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvlite.quant.linear import Layout, QuantisedLinear, empty_tensors, largest_magnitude, row_chunks
+from hvlite.quant.nf4 import without_cpu_gemm
 
 # Below the smallest normal number a scale loses its digits; a row of zeros gets it too, instead of a division by zero.
 TINY = torch.finfo(torch.float32).tiny
@@ -28,8 +29,9 @@ def quantise_int8(weight: Tensor) -> dict[str, Tensor]:
     if weight.is_meta:
         return tensors
     largest_magnitude(weight)
-    # Brings transformers and, where it is there, diffusers: only whoever quantises waits for it.
-    from optimum.quanto import absmax_scale, qint8
+    # Brings transformers and, where they are there, diffusers and bitsandbytes: only whoever quantises waits for it.
+    with without_cpu_gemm():
+        from optimum.quanto import absmax_scale, qint8
 
     for rows in row_chunks(0, out_features, in_features, weight.device):
         part = weight[rows].float()

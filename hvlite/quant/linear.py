@@ -8,6 +8,7 @@ Never call `.to(dtype)` on one: it would change the stored tensors. The dtype of
 
 import math
 import threading
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +52,16 @@ class Scratch:
         self._buffers.clear()
 
 
-class QuantisedLinear(nn.Module):
+class QuantisedLinear(nn.Module, ABC):
     """y = x W^T + b with W [out,in] in few bits; `rows` applies only the output features [start, stop)."""
 
     qweight: nn.Parameter
     bias: nn.Parameter | None
 
     @staticmethod
+    @abstractmethod
     def layout(in_features: int, out_features: int) -> Layout:
         """The tensors that hold W, `qweight` among them."""
-        raise NotImplementedError
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, scratch: Scratch | None = None
@@ -74,9 +75,9 @@ class QuantisedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
+    @abstractmethod
     def write_rows(self, out: Tensor, start: int, stop: int) -> None:
         """Dequantise rows [start, stop) of W into out [stop-start,in], of the product's dtype."""
-        raise NotImplementedError
 
     def dequantise(self, rows: tuple[int, int] | None = None) -> Tensor:
         """Those rows of W in scratch: good until the next weight is dequantised in this thread."""

@@ -27,13 +27,13 @@ ABSMAX_CODES = 256
 @functools.cache
 def load_bitsandbytes() -> ModuleType:
     """`bitsandbytes.functional`, with its operations registered in torch."""
-    with _no_cpu_gemm():
+    with without_cpu_gemm():
         import bitsandbytes.functional
     return bitsandbytes.functional
 
 
 @contextmanager
-def _no_cpu_gemm() -> Iterator[None]:
+def without_cpu_gemm() -> Iterator[None]:
     """Keep the import from fetching a compiled CPU kernel off the network, which hvlite never calls.
 
     bitsandbytes does so where the package `kernels` is installed, and warns where it is not.
