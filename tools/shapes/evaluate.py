@@ -34,12 +34,14 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluate(model_folder: Path, seeds: int, clips: Path, dtype: str | None) -> tuple[Counter[str], int, list[str]]:
+def evaluate(
+    model_folder: Path, seeds: int, clips: Path, dtype: str | None = None, *, dynamic: bool = False
+) -> tuple[Counter[str], int, list[str]]:
     """-> hits per attribute, clips, one line for each clip that shows something else."""
     scenes = split_scenes()[1]
     hits: Counter[str] = Counter()
     misses: list[str] = []
-    with open_model(model_folder, load_profile("cpu", dtype=dtype), "cpu") as model:
+    with open_model(model_folder, load_profile("cpu", dtype=dtype), "cpu", dynamic=dynamic) as model:
         states = encode_prompts([scene.caption for scene in scenes], model)
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             for number, (scene, prompt) in enumerate(zip(scenes, states, strict=True)):
