@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluate import evaluate
+from evaluate import FIRST_SEED, evaluate
 from torch import Tensor, nn
 
 from hvlite.dims import HUNYUANVIDEO, LatentShape
@@ -90,7 +90,7 @@ def measure(weights: str, seeds: int, work: Path, plain: tuple[Tensor, float]) -
     clips = work / f"clips-{weights}"
     clips.mkdir()
     store = packed_shapes(weights, work / f"store-{weights}")
-    hits, count, _ = evaluate(store, seeds, clips, dynamic=weights == "int8-dynamic")
+    hits, count, _ = evaluate(store, range(FIRST_SEED, FIRST_SEED + seeds), clips, dynamic=weights == "int8-dynamic")
     stored = stored_formats(weights, None).weights
     return {
         "weights": weights,

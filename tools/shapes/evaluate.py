@@ -35,7 +35,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def evaluate(
-    model_folder: Path, seeds: int, clips: Path, dtype: str | None = None, *, dynamic: bool = False
+    model_folder: Path, seeds: range, clips: Path, dtype: str | None = None, *, dynamic: bool = False
 ) -> tuple[Counter[str], int, list[str]]:
     """-> hits per attribute, clips, one line for each clip that shows something else."""
     scenes = split_scenes()[1]
@@ -43,7 +43,7 @@ def evaluate(
     misses: list[str] = []
     with open_model(model_folder, load_profile("cpu", dtype=dtype), "cpu", dynamic=dynamic) as model:
         states = encode_prompts([scene.caption for scene in scenes], model)
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        for seed in seeds:
             for number, (scene, prompt) in enumerate(zip(scenes, states, strict=True)):
                 target = clips / f"{number:02d}-seed{seed}.mp4"
                 target.unlink(missing_ok=True)
@@ -57,19 +57,21 @@ def evaluate(
                 hits["all four"] += all(matches.values())
                 if not all(matches.values()):
                     misses.append(f"{target.name}: {scene.caption} -> {seen}")
-    return hits, len(scenes) * seeds, misses
+    return hits, len(scenes) * len(seeds), misses
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("hvlite/assets/shapes"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--clips", type=Path, default=Path("results/evaluation"))
     parser.add_argument("--dtype", choices=("fp32", "bf16"))
     arguments = parser.parse_args()
     arguments.clips.mkdir(parents=True, exist_ok=True)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     began = time.monotonic()
-    hits, count, misses = evaluate(arguments.model, arguments.seeds, arguments.clips, arguments.dtype)
+    hits, count, misses = evaluate(arguments.model, seeds, arguments.clips, arguments.dtype)
     print("\n".join(misses))
     print(f"\n| attribute | right of {count} | share | 95 % interval | goal |\n|---|---|---|---|---|")
     rows = {}
