@@ -93,7 +93,7 @@ class ModelFlags:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """What the transformer computes in (by profile)."""
     weights: Weights | None = None
-    """Form of the transformer's weights; other than bf16 the checkpoint is packed once (as in the file or store)."""
+    """Form of the transformer's weights; a checkpoint is packed to it once (by default used as it is)."""
     text_weights: TextWeights | None = None
     """Form of the text encoder's weights."""
     attention: Literal["sdpa", "flash", "sage"] | None = None

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hvlite.dims import HUNYUANVIDEO, HUNYUANVIDEO_DEFAULTS, ModelDims
-from hvlite.errors import Busy, HvliteError, OutputError, WeightsError
+from hvlite.errors import Busy, OutputError
 from hvlite.events import Note
 from hvlite.model.dit import Dit
 from hvlite.model.text import build_clip, build_llama, load_tokenizer
@@ -51,6 +51,7 @@ from tests.layouts import (
     write_dit,
     write_shards,
 )
+from tests.refusal import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelDims(
@@ -103,16 +104,6 @@ def notes(steps: list[Progress]) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def refusal(act: Callable[[], object], *words: str, kind: type[HvliteError] = WeightsError) -> None:
-    """`act` fails in one line with these words."""
-    with pytest.raises(kind) as caught:
-        act()
-    line = str(caught.value)
-    assert "\n" not in line
-    for word in words:
-        assert word in line
 
 
 def fake_int8(name: str, tensor: Tensor) -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hvlite.dims import HUNYUANVIDEO, HUNYUANVIDEO_DEFAULTS, ModelDims
-from hvlite.errors import Busy, HvliteError, WeightsError
+from hvlite.errors import Busy
 from hvlite.weights import slab as slabs
 from hvlite.weights.layout import ALIGNMENT, PAD, PAGE, Form, place, slab_header
 from hvlite.weights.mounts import unfit_file_system
@@ -33,6 +33,7 @@ from hvlite.weights.store import (
     write_index,
 )
 from tests.layouts import TINY_CLIP, TINY_DIT, TINY_LLAMA, TINY_VAE
+from tests.refusal import refusal
 
 State = Mapping[str, Tensor]
 
@@ -130,16 +131,6 @@ def verify(store: Store) -> None:
 
 
 READERS: dict[str, Callable[[Store], object]] = {"read": read_all, "map": map_all, "verify": verify}
-
-
-def refusal(act: Callable[[], object], *words: str, kind: type[HvliteError] = WeightsError) -> None:
-    """`act` fails in one line with these words."""
-    with pytest.raises(kind) as caught:
-        act()
-    line = str(caught.value)
-    assert "\n" not in line
-    for word in words:
-        assert word in line
 
 
 # Every bit.
