@@ -87,10 +87,10 @@ def runs_of(case: Case, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Calla
     work = dit.make_workspace(shape, case.text, knobs, dtype)
 
     def ours() -> Tensor:
-        conditioning = dit.prepare_schedule(timestep, 6.0, text, pooled)
+        (conditioning,) = dit.prepare_schedule(timestep, 6.0, [(text, pooled)])
         x = dit.embed(latents, conditioning.text[0])
         for index in range(dit.dims.blocks):
-            dit.run_block(index, x, conditioning.block(0, index), work)
+            dit.run_block(index, x, conditioning.of_block(index)[0], work)
         return dit.head(x, conditioning.final[0], shape, knobs.token_chunk)
 
     guidance = torch.tensor([6.0], dtype=dtype) * 1000

@@ -1,26 +1,31 @@
-"""How long VAE decode takes on this CPU, as a ratio to diffusers' decode of the same latents in the same run.
+"""How long VAE decode takes on this CPU and how much memory, as ratios to diffusers' decode in the same run.
 
-    python benchmarks/vae_decode.py [--runs 5] [--threads 2] [--only shapes] [--quick]
+    python benchmarks/vae_decode.py [--runs 5] [--threads 2] [--only shapes] [--quick] [--fresh]
 
-Equal random weights, fp32, equal tiles. Each run times one after the other, in alternating order; the ratio is the
-median over runs of ours / diffusers, so below 1 is faster. Prints a table in Markdown and, as the last line, JSON.
+Random weights, fp32, equal tiles. Without `--fresh` both decode the same latents with equal weights in one process, in
+alternating order, and their results are compared. With it each decode has a process of its own, whose VmHWM is all
+that it ever held, Python and torch included, and a second table shows that a longer clip takes no more. Ratios are
+medians over runs of ours / diffusers: below 1 is better. Prints tables in Markdown and, as the last line, JSON.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from hvlite.dims import HUNYUANVIDEO, VaeDims, latent_shape
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry, decode_tiles
 from hvlite.model.vae import Vae
+from hvlite.video.frames import frames_to_uint8
 
 SHAPES = VaeDims(channels=(16, 24, 48, 64), layers_per_block=1, norm_groups=2, latent_channels=16, scaling_factor=1.0)
 MIDDLE = VaeDims(channels=(32, 64, 128, 128), layers_per_block=2, norm_groups=8, latent_channels=16, scaling_factor=1.0)
@@ -64,6 +69,8 @@ CASES = (
 
 
 def build_reference(dims: VaeDims, tiles: TileGeometry) -> Any:
+    from diffusers import AutoencoderKLHunyuanVideo  # not where hvlite's memory is measured
+
     torch.manual_seed(0)
     reference: Any = AutoencoderKLHunyuanVideo(
         block_out_channels=dims.channels,
@@ -82,7 +89,7 @@ def build_reference(dims: VaeDims, tiles: TileGeometry) -> Any:
     return reference.eval()
 
 
-def timed(decode: Callable[[], Tensor]) -> float:
+def timed(decode: Callable[[], object]) -> float:
     began = time.perf_counter()
     decode()
     return time.perf_counter() - began
@@ -124,6 +131,114 @@ def measure(case: Case, runs: int) -> Result:
     )
 
 
+FRESH = (
+    Case(name="shapes fresh", dims=SHAPES, frames=65, size=(256, 256)),
+    Case(name="middle fresh", dims=MIDDLE, frames=65, size=(128, 128)),
+    Case(name="published fresh", dims=HUNYUANVIDEO.vae, frames=17, size=(96, 96)),
+)
+QUICK_FRESH = (Case(name="shapes fresh quick", dims=SHAPES, frames=5, size=(64, 64)),)
+LENGTHS = (
+    Case(name="65 frames", dims=SHAPES, frames=65, size=(192, 192)),
+    Case(name="257 frames", dims=SHAPES, frames=257, size=(192, 192)),
+)
+QUICK_LENGTHS = (
+    Case(name="5 frames", dims=SHAPES, frames=5, size=(32, 32), tiles=SMALL_TILES),
+    Case(name="17 frames", dims=SHAPES, frames=17, size=(32, 32), tiles=SMALL_TILES),
+)
+CHILD_CASES = {case.name: case for case in (*FRESH, *QUICK_FRESH, *LENGTHS, *QUICK_LENGTHS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One decode in a process of its own."""
+
+    seconds: float
+    hwm_bytes: int
+
+
+@torch.no_grad()
+def decode_alone(who: str, case: Case) -> Run:
+    """In the child: one decode, as each of the two gives its frames away."""
+    shape = latent_shape(case.size, case.frames, case.dims)
+    latents = torch.randn(1, case.dims.latent_channels, shape.frames, shape.height, shape.width)
+    if who == "diffusers":
+        reference = build_reference(case.dims, case.tiles)
+        seconds = timed(lambda: reference.decode(latents).sample)
+    else:
+        torch.manual_seed(0)
+        vae = Vae(case.dims, encodes=False)
+        seconds = timed(lambda: stream(latents, vae, case.tiles))
+    return Run(seconds=seconds, hwm_bytes=high_water_bytes())
+
+
+def stream(latents: Tensor, vae: Vae, tiles: TileGeometry) -> None:
+    for step in decode_tiles(latents, vae.decode, tiles):
+        for index in range(0 if step.frames is None else step.frames.shape[1]):
+            assert step.frames is not None
+            frames_to_uint8(step.frames[:, index : index + 1])
+        del step  # its frames are not to be held beside the next tile's decode
+
+
+def high_water_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def run_alone(who: str, case: Case, threads: int) -> Run:
+    command = [sys.executable, __file__, "--child", who, case.name, "--threads", str(threads)]
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Run(**json.loads(finished.stdout.splitlines()[-1]))
+
+
+def compare_fresh(cases: tuple[Case, ...], runs: int, threads: int) -> list[dict[str, Any]]:
+    """Time and VmHWM of both, each decode in a fresh process, in alternating order."""
+    print(
+        "| case | channels | frames x height x width | diffusers s | hvlite s | ratio "
+        "| diffusers MiB | hvlite MiB | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for case in cases:
+        pairs = []
+        for run in range(runs):
+            order = ("hvlite", "diffusers") if run % 2 else ("diffusers", "hvlite")
+            found = {who: run_alone(who, case, threads) for who in order}
+            pairs.append((found["diffusers"], found["hvlite"]))
+        row = {
+            "case": case.name,
+            "channels": case.dims.channels,
+            "clip": f"{case.frames}x{case.size[0]}x{case.size[1]}",
+            "diffusers_s": statistics.median(theirs.seconds for theirs, _ in pairs),
+            "hvlite_s": statistics.median(ours.seconds for _, ours in pairs),
+            "time_ratio": statistics.median(ours.seconds / theirs.seconds for theirs, ours in pairs),
+            "diffusers_mib": statistics.median(theirs.hwm_bytes for theirs, _ in pairs) / 2**20,
+            "hvlite_mib": statistics.median(ours.hwm_bytes for _, ours in pairs) / 2**20,
+            "memory_ratio": statistics.median(ours.hwm_bytes / theirs.hwm_bytes for theirs, ours in pairs),
+        }
+        rows.append(row)
+        print(
+            f"| {row['case']} | {row['channels']} | {row['clip']} | {row['diffusers_s']:.2f} | {row['hvlite_s']:.2f} "
+            f"| {row['time_ratio']:.2f} | {row['diffusers_mib']:.0f} | {row['hvlite_mib']:.0f} "
+            f"| {row['memory_ratio']:.2f} |",
+            flush=True,
+        )
+    return rows
+
+
+def compare_lengths(cases: tuple[Case, ...], threads: int) -> list[dict[str, Any]]:
+    """VmHWM of hvlite for clips of the same size and other lengths."""
+    print("\n| clip | hvlite MiB | to the first |")
+    print("|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        mib = run_alone("hvlite", case, threads).hwm_bytes / 2**20
+        rows.append({"clip": f"{case.frames}x{case.size[0]}x{case.size[1]}", "hvlite_mib": mib})
+        print(f"| {rows[-1]['clip']} | {mib:.0f} | {mib / rows[0]['hvlite_mib']:.3f} |", flush=True)
+    return rows
+
+
 def print_row(result: Result) -> None:
     print(
         f"| {result.case} | {result.channels} | {result.clip} | {result.diffusers_s:.3f} | "
@@ -137,9 +252,27 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--fresh", action="store_true", help="each decode in a process of its own, and its VmHWM")
+    parser.add_argument("--child", nargs=2, metavar=("WHO", "CASE"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="one tiny case, to see that it works")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        who, name = arguments.child
+        print(json.dumps(asdict(decode_alone(who, CHILD_CASES[name]))))
+        return
+    about = {
+        "benchmark": "vae_decode",
+        "torch": torch.__version__,
+        "threads": arguments.threads,
+        "runs": arguments.runs,
+    }
+    if arguments.fresh:
+        cases, lengths = (QUICK_FRESH, QUICK_LENGTHS) if arguments.quick else (FRESH, LENGTHS)
+        chosen = tuple(case for case in cases if arguments.only in case.name)
+        fresh = compare_fresh(chosen, arguments.runs, arguments.threads)
+        print(json.dumps(about | {"fresh": fresh, "lengths": compare_lengths(lengths, arguments.threads)}))
+        return
     print("| case | channels | frames x height x width | diffusers s | hvlite s | ratio | max difference |")
     print("|---|---|---|---|---|---|---|")
     results = []
@@ -147,17 +280,7 @@ def main() -> None:
         if arguments.only in case.name:
             results.append(measure(case, arguments.runs))
             print_row(results[-1])
-    print(
-        json.dumps(
-            {
-                "benchmark": "vae_decode",
-                "torch": torch.__version__,
-                "threads": arguments.threads,
-                "runs": arguments.runs,
-                "results": [asdict(result) for result in results],
-            }
-        )
-    )
+    print(json.dumps(about | {"results": [asdict(result) for result in results]}))
 
 
 if __name__ == "__main__":

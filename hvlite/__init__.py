@@ -13,16 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hvlite.line import Outputs as Outputs
     from hvlite.line import encode_prompts as encode_prompts
     from hvlite.line import generate as generate
     from hvlite.opened import open_model as open_model
     from hvlite.profile import Profile as Profile
     from hvlite.profile import load_profile as load_profile
     from hvlite.request import Request as Request
+    from hvlite.run import Outputs as Outputs
 
 _HOME = {
-    "Outputs": "line",
+    "Outputs": "run",
     "Profile": "profile",
     "Request": "request",
     "encode_prompts": "line",

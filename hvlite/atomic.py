@@ -3,10 +3,11 @@
 A file is filled under a temporary name (`.hvlite-*.part`, in its own folder), synced, given its name in one
 step, and the folder is synced after it. A kill or a power cut at any point leaves the old state or the new,
 with at worst a temporary file beside it; an exception leaves nothing. `new_file` never replaces a file,
-`replaced_file` does.
+`replaced_file` does. Whoever fills a whole folder that way has it `locked` meanwhile.
 """
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from hvlite.errors import OutputError
+from hvlite.errors import Busy, OutputError
 
 # What link(2) answers on file systems that have no hard links (exFAT, many network and FUSE ones).
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -55,7 +56,7 @@ def free_path(folder: Path, stem: str, suffix: str) -> Path:
     This only looks: a reservation would be an empty file under a final name. Two processes may get the same
     answer; `new_file` then gives the name to the one that ends first and keeps the other's file beside it.
     """
-    return next(path for path in _candidates(folder / (stem + suffix)) if not os.path.lexists(path))
+    return next(path for path in candidates(folder / (stem + suffix)) if not os.path.lexists(path))
 
 
 def check_new(path: Path) -> None:
@@ -64,6 +65,21 @@ def check_new(path: Path) -> None:
         _refuse_taken(path)
     with _temporary(path):
         pass
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Busy unless this process alone changes the folder; a kill frees it too."""
+    with explained(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another hvlite is writing {folder} now. Wait until it is done, or end it.") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -141,7 +157,7 @@ def _rename(temporary: Path, path: Path) -> Path:
 
 def _link_first_free(temporary: Path, path: Path) -> Path:
     """Give `temporary` the name `path`, or the next one that is free; returns the name it got."""
-    for candidate in _candidates(path):
+    for candidate in candidates(path):
         with suppress(FileExistsError):
             _rename_exclusively(temporary, candidate)
             return candidate
@@ -174,7 +190,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _candidates(path: Path) -> Iterator[Path]:
+def candidates(path: Path) -> Iterator[Path]:
+    """STEM.SUFFIX, STEM-2.SUFFIX, STEM-3.SUFFIX ... without end."""
     yield path
     for number in count(2):
         yield path.parent / f"{path.stem}-{number}{path.suffix}"

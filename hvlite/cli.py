@@ -5,30 +5,27 @@ Nothing here imports torch at the top: `--help` and the first line appear at onc
 """
 
 import os
-import random
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Parameter
 
 from hvlite import paths
+from hvlite.cli_flags import ModelFlags, OutputFlags, RequestFlags, clips_of, model_name, read_made, request_from
 from hvlite.errors import ExitCode, HvliteError, RequestError
-from hvlite.formats import TextWeights, Weights
+from hvlite.memory.geometry import AskedTiles, parse_tiles
 from hvlite.progress import Interrupted, Talk, interruptible, print_json, printable
-from hvlite.request import MAX_SEED, Request, Template
 
 if TYPE_CHECKING:
-    from hvlite.line import Outputs
-    from hvlite.metadata import Metadata, ModelMade
     from hvlite.opened import Model
+    from hvlite.run import Outputs
 
-PARTS = ("dit", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 app = App(
     name="hvlite",
@@ -37,86 +34,15 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative=()),
 )
-app.command("hvlite.cli_models:models", name="models", help="Packed stores: made, listed, checked, removed.")
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class RequestFlags:
-    """What to render. Left out, the model's default applies."""
-
-    size: Annotated[tuple[int, int] | None, Parameter(name=["--size", "--video-size"])] = None
-    """Height and width in pixels, multiples of 16 (hunyuanvideo: 720 1280)."""
-    frames: Annotated[int | None, Parameter(name=["--frames", "--video-length"])] = None
-    """Frames, 4k+1 (hunyuanvideo: 129). One frame makes a PNG."""
-    steps: Annotated[int | None, Parameter(name=["--steps", "--infer-steps"])] = None
-    """Denoising steps (hunyuanvideo: 50)."""
-    guidance: Annotated[float | None, Parameter(name=["--guidance", "--embedded-cfg-scale"])] = None
-    """Guidance that the model was distilled with (6.0)."""
-    flow_shift: float | None = None
-    """Shift of the noise schedule (7.0)."""
-    flow_reverse: Annotated[bool | None, Parameter(negative="--no-flow-reverse")] = None
-    """The schedule from noise to data; the released weights need it, so it is on."""
-    negative_prompt: Annotated[str | None, Parameter(name=["--negative-prompt", "--neg-prompt"])] = None
-    """What to avoid; needs --cfg-scale above 1."""
-    cfg_scale: float | None = None
-    """True two-pass guidance above 1.0; doubles the work (1.0)."""
-    seed: int | None = None
-    """0 to 2^63-1; -1 draws one (0)."""
-    template: Template | None = None
-    """What the text encoder is told to describe (by frames: image for one, else video)."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """With which weights, where."""
-
-    model: str | None = None
-    """`shapes` (embedded), `hunyuanvideo`, or a checkpoint folder."""
-    dit: Annotated[Path | None, Parameter(name=["--dit", "--dit-weight"])] = None
-    """A transformer file or folder that replaces the model's."""
-    vae: Path | None = None
-    """A VAE file or folder that replaces the model's."""
-    text_encoder: Path | None = None
-    """A Llama file or folder that replaces the model's."""
-    text_encoder_2: Path | None = None
-    """A CLIP file or folder that replaces the model's."""
-    tokenizer: Path | None = None
-    """The folder of Llama's tokenizer (by default that of --text-encoder, else the model's)."""
-    tokenizer_2: Path | None = None
-    """The folder of CLIP's tokenizer (by default that of --text-encoder-2, else the model's)."""
-    profile: str | None = None
-    """How memory is used; the names are the files of profiles/."""
-    device: str | None = None
-    """cpu, cuda, cuda:N or meta (by default the CUDA device with most free memory, else cpu)."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """What the transformer computes in (by profile)."""
-    weights: Weights | None = None
-    """Form of the transformer's weights; a checkpoint is packed to it once (by default used as it is)."""
-    text_weights: TextWeights | None = None
-    """Form of the text encoder's weights."""
-    attention: Literal["sdpa", "flash", "sage"] | None = None
-    """Attention back end (flash-attn where it is installed, else torch's fused kernels)."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class OutputFlags:
-    """Where results go, and what is said."""
-
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
-    """The file to write (.mp4, or .png for one frame); it must not exist."""
-    save_path: Path = paths.DEFAULT_OUTPUT
-    """The folder for files that are not named by --output."""
-    save_latents: Path | None = None
-    """Keep the final latents in this file."""
-    json: bool = False
-    """Events as JSON lines on stdout."""
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"])] = False
-    """Say nothing but errors."""
-    debug: bool = False
-    """Show tracebacks."""
+app.command("hvlite.cli_plan:plan_command", name="plan", help="Say what a clip takes, and whether it fits.")
+app.command("hvlite.cli_queue:queue", name="queue", help="The queue: clips to be rendered, in order.")
+app.command("hvlite.cli_batch:batch_command", name="batch", help="Queue every prompt of a file.")
+app.command("hvlite.cli_models:models", name="models", help="The published weights, and packed stores.")
+app.command(
+    "hvlite.cli_machine:profiles", name="profiles", help="How memory is used: profiles listed, explained, checked."
+)
+app.command("hvlite.cli_machine:doctor", name="doctor", help="Say what this machine has, to paste into a bug report.")
+app.command("hvlite.cli_report:report", name="report", help="Write one page about the clips of a night.")
 
 
 @app.command
@@ -127,7 +53,9 @@ def gen(
     how: ModelFlags | None = None,
     where: OutputFlags | None = None,
     like: Path | None = None,
+    resume: Path | None = None,
     num_videos: int = 1,
+    dry_run: bool = False,
     use_cpu_offload: bool = False,
     use_fp8: bool = False,
 ) -> int:
@@ -139,8 +67,12 @@ def gen(
         What to draw.
     like
         Take every setting from this file's metadata; flags given beside it win.
+    resume
+        Go on with the clip that an interrupted run left in this file.
     num_videos
         Clips with seeds seed, seed+1, ...
+    dry_run
+        Say what the clip would take on this machine now, and render nothing.
     use_cpu_offload
         Accepted as in the published tool; hvlite always loads the parts one after the other.
     use_fp8
@@ -148,27 +80,35 @@ def gen(
     """
     what, how, where = what or RequestFlags(), how or ModelFlags(), where or OutputFlags()
     talk = Talk(quiet=where.quiet, as_json=where.json)
-    request, made = _request_from(prompt, what, like)
-    clips = _clips_of(request, num_videos, where)
-    name = _model_name(how, talk, made.model if made else None)
+    if resume is not None and (like is not None or prompt is not None or what != RequestFlags() or num_videos != 1):
+        raise RequestError(f"{resume} says what is rendered: leave prompt, --like and all settings of the clip away")
+    request, made = request_from(prompt, what, resume or like)
+    clips = clips_of(request, num_videos, where)
+    name = model_name(how, talk, made.model if made else None)
+    if dry_run:
+        from hvlite.cli_plan import plan_here
+
+        return plan_here(request, replace(how, model=name), resume, as_json=where.json)
     talk.say(f"model {name}, seed {', '.join(str(clip.seed) for clip in clips)}: {request.prompt}")
     if use_cpu_offload:
         talk.say("--use-cpu-offload changes nothing: parts are always loaded one after the other")
     if use_fp8:
         talk.say("--use-fp8 changes nothing: fp8 weights are known by themselves (--weights fp8 makes them)")
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
-        from hvlite.line import choose_places, encode_prompts, generate, prompts_of
+        from hvlite.clip import choose_places
+        from hvlite.line import encode_prompts, generate, prompts_of
 
-        if made is not None and made.model.fingerprint != model.fingerprint:
+        if made is not None and made.model.fingerprint != model.origin.fingerprint:
             talk.say("these are not the weights that the clip was made with: it will differ")
         resolved = request.resolve(model.dims)
-        outputs = [_outputs(where, index if len(clips) > 1 else None) for index in range(len(clips))]
+        tiles = parse_tiles(how.decode_tile or "auto")
+        outputs = [_outputs(where, index if len(clips) > 1 else None, tiles) for index in range(len(clips))]
         if model.device.type != "meta":
             for each in outputs:
-                choose_places(each, resolved)  # what cannot be written is refused before the first clip
+                choose_places(each, resolved, resume)  # what cannot be written is refused before the first clip
         prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if len(clips) > 1 else None
         for clip, each in zip(clips, outputs, strict=True):
-            stop.follow(generate(clip, model, outputs=each, prompts=prompts))
+            stop.follow(generate(clip, model, outputs=each, prompts=prompts, resume=resume))
     return ExitCode.DONE
 
 
@@ -188,15 +128,16 @@ def decode(latents: Path, *, how: ModelFlags | None = None, where: OutputFlags |
 
     if where.save_latents is not None:
         raise RequestError(f"decode makes no latents: leave --save-latents away; {latents} stays where it is")
-    made = metadata.decode(load_latents(latents)[1], latents)
-    name = _model_name(how, talk, made.model)
+    tiles = parse_tiles(how.decode_tile or "auto")
+    made = metadata.decode(load_latents(latents).request, latents)
+    name = model_name(how, talk, made.model)
     if how.model is None and how.vae is None and made.model.vae and Path(made.model.vae).exists():
         how = replace(how, vae=Path(made.model.vae))
     talk.say(f"model {name}: {made.request.prompt}")
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
-        from hvlite.line import decode_file
+        from hvlite.clip import decode_file
 
-        stop.follow(decode_file(latents, model, _outputs(where, None)))
+        stop.follow(decode_file(latents, model, _outputs(where, None, tiles)))
     return ExitCode.DONE
 
 
@@ -213,7 +154,7 @@ def info(file: Path, *, json: bool = False) -> int:
     """
     from hvlite import metadata
 
-    values = metadata.as_json(_read_made(file))
+    values = metadata.as_json(read_made(file))
     if json:
         print_json(values)
         return ExitCode.DONE
@@ -228,7 +169,8 @@ def main() -> None:
     if sys.platform == "win32":
         print("hvlite: error: native Windows is not supported; use WSL2 (see README)", file=sys.stderr)
         sys.exit(ExitCode.USAGE)
-    arguments = sys.argv[1:]
+    # cyclopts takes a lone `-` for an option
+    arguments = [str(paths.STDIN) if argument == "-" else argument for argument in sys.argv[1:]]
     try:
         result = app(arguments, exit_on_error=False, print_error=False)
         code = result if isinstance(result, int) else ExitCode.DONE
@@ -266,116 +208,37 @@ def _log_traceback(error: Exception) -> Path | None:
     return path
 
 
-def _model_name(how: ModelFlags, talk: Talk, made_with: "ModelMade | None") -> str:
-    """--model; else where --dit lies; else what a file was made with; else hunyuanvideo where it is downloaded.
-
-    Where all that fails it is the embedded model, and that is said.
-    """
-    if how.model is not None:
-        return how.model
-    if how.dit is not None and (folder := paths.enclosing_model(how.dit)):
-        return str(folder)
-    if made_with is not None:
-        return _name_of(made_with)
-    if (paths.models_folder() / "hunyuanvideo").is_dir():
-        return "hunyuanvideo"
-    talk.say("no model named and none downloaded: using the embedded model `shapes` (64x64 test clips)")
-    return "shapes"
-
-
-def _name_of(made_with: "ModelMade") -> str:
-    if made_with.folder is not None and Path(made_with.folder).is_dir():
-        return made_with.folder
-    if made_with.name in ("shapes", "hunyuanvideo"):
-        return made_with.name
-    raise RequestError(f"this was made with a model named {made_with.name!r}: say where it is with --model FOLDER")
-
-
-def _request_from(prompt: str | None, what: RequestFlags, like: Path | None) -> "tuple[Request, Metadata | None]":
-    """The Request of flags over `--like`, and what that file says of itself."""
-    given: dict[str, Any] = {key: value for key, value in vars(what).items() if value is not None}
-    if given.get("seed") == -1:
-        given["seed"] = random.SystemRandom().randrange(MAX_SEED)
-    if prompt is not None:
-        given["prompt"] = prompt
-    if like is not None:
-        made = _read_made(like)
-        return replace(made.request.as_request(), **given), made
-    if prompt is None:
-        raise RequestError('a prompt is missing: hvlite gen "a red circle moving left on a black background"')
-    return Request(**given), None
-
-
-def _clips_of(request: Request, count: int, where: OutputFlags) -> list[Request]:
-    """One Request for each clip, checked before any of them is rendered."""
-    if count < 1:
-        raise RequestError(f"--num-videos must be at least 1; got {count}")
-    if count > 1 and where.output is not None:
-        raise RequestError(f"--output names one file, --num-videos asks for {count}; use --save-path FOLDER")
-    if where.output is not None and where.output.suffix.lower() not in (".mp4", ".png"):
-        raise RequestError(f"--output must end in .mp4 (or .png for one frame); got {where.output}")
-    return [replace(request, seed=request.seed + index) for index in range(count)]
-
-
-def _read_made(file: Path) -> "Metadata":
-    from hvlite import metadata
-    from hvlite.video.mp4 import read_metadata
-
-    if file.suffix == ".safetensors":
-        from hvlite.video.latents import load_latents
-
-        return metadata.decode(load_latents(file)[1], file)
-    return metadata.decode(read_metadata(file), file)
-
-
 @contextmanager
 def _opened(name: str, how: ModelFlags, talk: Talk) -> Iterator["Model"]:
     """The model on its device, with the flags laid over the profile."""
+    from hvlite.machine import AUTO, auto_profile, default_profile
     from hvlite.memory.device import choose_device, unused_card_note
     from hvlite.opened import open_model
+    from hvlite.packing import Asked
     from hvlite.profile import load_profile
 
     device = choose_device(how.device)
     if how.device is None and (note := unused_card_note()):
         talk.say(note)
-    default = "24g" if device.type in ("cuda", "meta") else "cpu"
-    profile = load_profile(how.profile or default, dtype=how.dtype, attention=how.attention)
-    files = {part: getattr(how, part) for part in PARTS}
-    folder = name if device.type == "meta" else _packed_once(name, how, files, talk)
-    with open_model(folder, profile, str(device), dynamic=how.weights == "int8-dynamic", **files) as model:
+    name_of_profile = how.profile or default_profile(device)
+    if name_of_profile == AUTO:
+        name_of_profile = auto_profile(device)
+        talk.say(f"profile {name_of_profile} (why: hvlite profiles detect)")
+    profile = load_profile(name_of_profile, **how.overrides())
+    asked = Asked(how.weights, how.text_weights)
+    with open_model(name, profile, str(device), asked=asked, told=talk.packing, **how.files()) as model:
+        talk.close()
         yield model
 
 
-def _packed_once(name: str, how: ModelFlags, files: dict[str, Path | None], talk: Talk) -> str | Path:
-    """What to open for --weights: the store itself, a checkpoint as it is, or the store that it is packed to once."""
-    from hvlite.opened import find_origin
-    from hvlite.origin import Packed
-    from hvlite.packing import check_formats, pack_model, store_path, stored_formats
-    from hvlite.weights.store import is_store
-
-    if how.weights is None and how.text_weights is None:
-        return name
-    origin = find_origin(name, files)
-    if isinstance(origin, Packed):
-        check_formats(origin.store, how.weights, how.text_weights)
-        return name
-    formats = stored_formats(how.weights, how.text_weights)
-    out = store_path(origin.sources, origin.dims, formats)
-    if not is_store(out):
-        talk.say(f"packing {origin.folder} once to {out}")
-        talk.follow_packing(pack_model(origin.sources, origin.dims, out, formats))
-    files.clear()
-    return out
-
-
-def _outputs(where: OutputFlags, index: int | None) -> "Outputs":
+def _outputs(where: OutputFlags, index: int | None, tiles: AskedTiles) -> "Outputs":
     """The flags as the library takes them; `index` numbers the latents of several clips."""
-    from hvlite.line import Outputs
+    from hvlite.run import Outputs
 
     latents = where.save_latents
     if latents is not None and index is not None:
         latents = latents.with_stem(f"{latents.stem}-{index}")
-    return Outputs(file=where.output, folder=where.save_path, latents=latents)
+    return Outputs(file=where.output, folder=where.save_path, latents=latents, decode_tile=tiles)
 
 
 def _compact(value: object) -> str:

@@ -11,6 +11,12 @@ HEAD_DIM_ROPE_AXES = {128: (16, 56, 56)}
 # The width of every sinusoidal embedding (spec 1.3).
 SINUSOID_WIDTH = 256
 
+# Elements that the VAE handles at once (model.causal computes with them, memory.decode_needs counts them). On a CPU a
+# convolution's buffer should stay in the last cache, an element-wise block in L2; elsewhere a launch must be worth
+# its while, and the buffers must stay small beside the activations.
+CONV_ELEMENTS_CPU, CONV_ELEMENTS = 2**21, 2**25
+BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS = 2**18, 2**24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DitDims:

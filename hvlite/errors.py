@@ -8,6 +8,7 @@
     |-- Busy                       4  another process holds the GPU, the queue or a store
     |-- WeightsError               5  weights missing, truncated, of another shape, or unsafe to load
     |-- OutputError                1  the result cannot be written (disk full, folder missing)
+    |-- QueueError                 1  the queue cannot be used, or not in this way
 
 Messages are one line: what happened, with both numbers; why; what to do next. `str(error)` is what is shown.
 Programmers' mistakes are `assert`s and never come from here.
@@ -74,3 +75,7 @@ class WeightsError(HvliteError):
 
 class OutputError(HvliteError):
     """A result could not be written; what was computed before is kept."""
+
+
+class QueueError(HvliteError):
+    """The queue's database is of another version or damaged, or a job is no longer what was thought."""

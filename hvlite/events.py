@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hvlite.metadata import MemoryUsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +46,34 @@ class TileDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """Where this clip will lie, and its latents until then; neither is there yet."""
+
+    clip: Path
+    latents: Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Preview:
+    """What step `step` of `steps` (from 0) takes the finished clip for: latents [1,C,T,H,W], fp32, on the CPU."""
+
+    step: int
+    steps: int
+    latents: "Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The run ends, as asked, with `done` of `steps` steps; `latents` is what goes on from there."""
+
+    latents: Path
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
-    """A file is complete under its final name. `kind`: `latents`, `video`, `image`."""
+    """A file is complete under its final name. `kind`: `unfinished`, `latents`, `video`, `image`."""
 
     kind: str
     path: Path
@@ -56,10 +88,11 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The clip is done. `timings` are seconds per stage."""
+    """The clip is done. `timings` are seconds per stage; `memory` is what the device gave for it."""
 
     path: Path | None
     timings: dict[str, float]
+    memory: "MemoryUsed | None" = None
 
 
-Event = Stage | BlockDone | StepDone | TileDone | Saved | Note | Finished
+Event = Stage | BlockDone | StepDone | TileDone | Preview | Chosen | Saved | Parked | Note | Finished

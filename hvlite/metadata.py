@@ -19,6 +19,15 @@ class ModelMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     vae: str | None = None
 
 
+class MemoryUsed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a run was given, what its plan predicted, what it took up to decode, and where it had to become leaner."""
+
+    budget_bytes: int
+    predicted_bytes: int
+    actual_bytes: int | None = None
+    descents: tuple[str, ...] = ()
+
+
 class _Envelope(msgspec.Struct, frozen=True):
     """What every format has."""
 
@@ -37,6 +46,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attention: str = ""
     profile: str = ""
     decode_tile: dict[str, int] = {}
+    memory: MemoryUsed | None = None
     created: str = ""
     timings: dict[str, float] = {}
 

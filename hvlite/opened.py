@@ -1,165 +1,342 @@
 """An opened model: where its weights are, what its dims are, and the parts that are loaded now.
 
-The owner of every loaded part. A part is loaded when first asked for and given back by `release`, unless
-the whole model is small enough to stay (`keep_warm`).
+The owner of every weight that is in memory. The modules are built empty and stay; their weights come for a stage and
+go. Blocks of a packed store are streamed (`memory.streamer`) or stay on the device, as the plan says; the parts of a
+checkpoint, which is small, are loaded whole.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hvlite import paths
-from hvlite.dims import HUNYUANVIDEO, ModelDims
-from hvlite.errors import ProfileError, WeightsError
-from hvlite.memory.device import check_dtype, choose_device, give_back
+from hvlite.dims import HUNYUANVIDEO, DitDims, LlamaDims, ModelDims
+from hvlite.errors import ProfileError
+from hvlite.events import Note
+from hvlite.machine import AUTO, auto_profile, default_profile, room_of
+from hvlite.memory.device import cap, check_dtype, choose_device, forget_peak, give_back, make_lanes, used_peak
+from hvlite.memory.plan import Plan
+from hvlite.memory.pool import Pool
+from hvlite.memory.streamer import Walk, open_streamer
+from hvlite.memory.trace import not_counted
 from hvlite.model.dit import Dit
 from hvlite.model.ops import choose_attention
 from hvlite.model.text import (
+    Encoders,
     PromptStates,
     TextEncoders,
     build_clip,
     build_llama,
     encode_prompts,
-    has_tokenizer,
+    encode_tokens,
     load_tokenizer,
-    meta_prompt_states,
+    longest_prompt,
     text_template,
 )
 from hvlite.model.vae import Vae
-from hvlite.origin import Checkpoint, Origin, Packed
-from hvlite.profile import Profile, load_profile
+from hvlite.model.visit import Visit
+from hvlite.origin import REAL, Checkpoint, DimsOnly, Origin, Packed
+from hvlite.packing import NOTHING_ASKED, Asked, provide
+from hvlite.planning import Setting, Wishes, formats_for, plan_clip, plan_text, text_dtype, vae_dtype
+from hvlite.profile import Profile, budget_bytes, host_budget, load_profile
+from hvlite.quant.linear import Scratch
 from hvlite.quant.swap import swap
+from hvlite.request import ResolvedRequest
 from hvlite.weights import load
-from hvlite.weights.sources import Sources, find_sources, read_dims
-from hvlite.weights.store import is_store, open_store
+from hvlite.weights.layout import Formats
+from hvlite.weights.pack import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEEP_WARM_BYTES = 1 << 30
-EMBEDDED = "shapes"
-REAL = "hunyuanvideo"
+# What a step uses of the transformer beside its blocks; all else of it is used once, before the first step.
+USED_BY_STEPS = ("img_in.", "final_linear.")
+USED_BY_DECODE = ("decoder.", "post_quant_conv.")
+ON_THE_HOST = "embed_tokens."
+EVERY = ("",)
+
+
+class Part:
+    """A module that was built empty, and whose weights come and go."""
+
+    def __init__(self, module: nn.Module, scratch: Scratch | None = None) -> None:
+        self.module = module
+        self.scratch = Scratch() if scratch is None else scratch
+        """What its weights are dequantised into; given back after each stage."""
+        self.held: frozenset[str] = frozenset()
+        """The prefixes of the names of the weights that are there; "" for all."""
+        self._empty = dict(module.named_parameters())
+
+    def has(self, prefixes: tuple[str, ...]) -> bool:
+        """Whether the weights whose names begin with one of these are there."""
+        return "" in self.held or self.held.issuperset(prefixes)
+
+    def fill(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device, prefixes: tuple[str, ...]) -> None:
+        """Take those of `tensors`, each in the dtype that the module has for it; looked up ones stay on the host."""
+        # on meta all is on one device: a copy has to be asked for, and what would be on the host takes nothing
+        is_meta = device.type == "meta"
+
+        def placed(name: str, tensor: Tensor) -> Tensor:
+            if name.startswith(ON_THE_HOST):
+                return self._empty[name] if is_meta else tensor.to(dtype=self._empty[name].dtype)
+            return tensor.to(device, self._empty[name].dtype, copy=is_meta)
+
+        load.fill_some(self.module, ((name, each) for name, each in tensors if name.startswith(prefixes)), placed)
+        self.held = frozenset(prefixes)
+
+    def unload(self, keep: tuple[str, ...] = ()) -> None:
+        """Give all weights back but those whose names begin with one of `keep`."""
+        for name, place in self._empty.items():
+            if not (keep and name.startswith(keep)):
+                owner, _, leaf = name.rpartition(".")
+                self.module.get_submodule(owner)._parameters[leaf] = place
+        self.held = frozenset(keep)
 
 
 class Model:
     """See the module's text. Made by `open_model`."""
 
-    def __init__(self, origin: Origin | None, dims: ModelDims, profile: Profile, device: torch.device) -> None:
+    def __init__(self, origin: Origin, profile: Profile, device: torch.device) -> None:
         self.origin = origin
-        self.dims = dims
         self.profile = profile
         self.device = device
         self.dtype = DTYPES[profile.dtype]
         self.attention = choose_attention(device.type, profile.attention, self.dtype)
-        self._parts: dict[str, nn.Module | TextEncoders] = {}
+        # measured once, before CUDA takes its share: all plans of this model are for the same budget
+        self.room = None if device.type == "meta" else room_of(device)
+        self.lanes = make_lanes(device)
+        pin_bytes = None if self.room is None else host_budget(profile, self.room)
+        self.pool = None if origin.slabs is None else Pool(origin.slabs, self.lanes, pin_bytes=pin_bytes)
+        self._residents: dict[str, Sequence[str]] = {}
+        self._pinned: Sequence[str] = ()
+
+    @property
+    def dims(self) -> ModelDims:
+        return self.origin.dims
 
     @property
     def text_dtype(self) -> torch.dtype:
-        """fp16 as published on a GPU; on the CPU the profile's dtype."""
-        return torch.float16 if self.device.type != "cpu" and self.dtype != torch.float32 else self.dtype
+        """Of the text encoders."""
+        return DTYPES[text_dtype(self.setting.kind, self.profile.dtype)]
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """fp16 as published on a GPU; on the CPU fp32, the only one its convolutions are fast in."""
-        return torch.float16 if self.device.type != "cpu" and self.dtype != torch.float32 else torch.float32
-
-    @property
-    def head_groups(self) -> int:
-        """The profile's groups of heads, or the next smaller number that divides this model's heads."""
-        heads = self.dims.dit.heads
-        return next(n for n in range(min(self.profile.head_groups, heads), 0, -1) if heads % n == 0)
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the weights; `none` for a model that has dims only."""
-        return self.origin.fingerprint if self.origin else "none"
+        """Of the VAE."""
+        return DTYPES[vae_dtype(self.setting.kind, self.profile.dtype)]
 
     @cached_property
-    def keep_warm(self) -> bool:
-        """Whether all weights together are so small that parts stay loaded between stages and clips."""
-        return self.origin is not None and self.origin.nbytes <= KEEP_WARM_BYTES
-
-    def dit(self) -> Dit:
-        """The transformer, on the device."""
-        part = self._parts.get("dit") or self._load_dit()
-        assert isinstance(part, Dit)
-        return part
-
-    def vae(self) -> Vae:
-        """The VAE, on the device."""
-        part = self._parts.get("vae") or self._load_vae()
-        assert isinstance(part, Vae)
-        return part
-
-    def encode(self, texts: list[str], template: str) -> list[PromptStates]:
-        """Prompt states of `texts`, by encoders that are loaded if they are not."""
-        if self.origin is None:
-            llama = build_llama(self.dims.llama, self.text_dtype)
-            clip = build_clip(self.dims.clip, self.text_dtype)
-            return [meta_prompt_states(llama, clip, text_template(template)) for _ in texts]
-        part = self._parts.get("text") or self._load_text(self.origin)
-        assert isinstance(part, TextEncoders)
-        return encode_prompts(texts, part, text_template(template))
-
-    def release(self, name: str) -> None:
-        """Give a part back, unless it stays warm."""
-        if not self.keep_warm:
-            self._parts.pop(name, None)
-            give_back(self.device)
-
-    def release_cold(self) -> None:
-        """Give back every part that does not stay warm; also after a failure or an abandoned generator."""
-        for name in list(self._parts):
-            self.release(name)
-
-    def close(self) -> None:
-        """Give everything back."""
-        self._parts.clear()
-        give_back(self.device)
-
-    def _load_dit(self) -> Dit:
-        with torch.device("meta"):
+    def _dit(self) -> Part:
+        with not_counted(), torch.device("meta"):
             dit = Dit(self.dims.dit).to(self.dtype)
-        if self.origin:
-            self._fill(dit, self.origin, "dit", self.origin.weights)
-        self._parts["dit"] = dit
-        return dit
+        formats = self.origin.formats
+        if formats is None:
+            return Part(dit)
+        kind = formats.quantised("dit")
+        kind = "int8-dynamic" if self.origin.dynamic and kind == "int8" else kind
+        return Part(dit, _exchange(dit, kind, formats.dtype))
 
-    def _load_vae(self) -> Vae:
-        with torch.device("meta"):
-            vae = Vae(self.dims.vae).to(self.vae_dtype)
-        if self.origin:
-            self._fill(vae, self.origin, "vae")
-        self._parts["vae"] = vae
-        return vae
+    @cached_property
+    def _llama(self) -> Part:
+        with not_counted():
+            llama = build_llama(self.dims.llama, self.text_dtype)
+        llama.rotary_emb.to(self.device)
+        formats = self.origin.formats
+        if formats is None:
+            return Part(llama)
+        return Part(llama, _exchange(llama, formats.quantised("text"), formats.text_dtype))
 
-    def _load_text(self, origin: Origin) -> TextEncoders:
-        llama = build_llama(self.dims.llama, self.text_dtype)
-        clip = build_clip(self.dims.clip, self.text_dtype)
-        self._fill(llama, origin, "text", origin.text_weights)
-        self._fill(clip, origin, "clip")
-        for encoder in (llama, clip):
-            nn.Module.to(encoder, self.device)
-        encoders = TextEncoders(
+    @cached_property
+    def _clip(self) -> Part:
+        with not_counted():
+            return Part(build_clip(self.dims.clip, self.text_dtype))
+
+    @cached_property
+    def _vae(self) -> Part:
+        with not_counted(), torch.device("meta"):
+            return Part(Vae(self.dims.vae).to(self.vae_dtype))
+
+    @property
+    def setting(self) -> Setting:
+        """What a plan must know of this model and its device; meta stands for a card."""
+        return Setting(
+            dims=self.dims,
+            formats=self.origin.formats,
+            kind="cpu" if self.device.type == "cpu" else "cuda",
+            attention=self.attention,
+            dynamic=self.origin.dynamic,
+        )
+
+    def plan(self, resolved: ResolvedRequest, wishes: Wishes | None = None) -> Plan:
+        """How a clip will be made here and now; DoesNotFit if it cannot."""
+        plan = plan_clip(resolved, self.profile, self.setting, self.room, wishes or Wishes())
+        plan.check()
+        return plan
+
+    def text_plan(self, prompts: int) -> Plan:
+        """How so many prompts will be encoded in one pass."""
+        plan = plan_text(prompts, self.profile, self.setting, self.room)
+        plan.check()
+        return plan
+
+    def begin_run(self) -> None:
+        """Count the peak of one clip from here."""
+        forget_peak(self.device)
+
+    def notes(self) -> list[str]:
+        """What a user should know of the host's memory; each is given once."""
+        if self.pool is None:
+            return []
+        notes, self.pool.notes = self.pool.notes, []
+        return notes
+
+    def encode(self, texts: list[str], template: str, plan: Plan) -> list[PromptStates]:
+        """Prompt states of `texts`; every layer is used once for all of them."""
+        published = text_template(template)
+        with self._encoders(plan) as (encoders, visit):
+            if isinstance(encoders, TextEncoders):
+                return encode_prompts(texts, encoders, published, visit)
+            longest = [longest_prompt(encoders.clip, published) for _ in texts]
+            text, pooled = zip(*longest, strict=True)
+            return encode_tokens(text, pooled, encoders, visit)
+
+    @contextmanager
+    def _encoders(self, plan: Plan) -> Iterator[tuple[Encoders, Visit]]:
+        """Both text encoders; Llama's layers are there within their visits."""
+        llama = self._loaded(self._llama, "text", "text_embedding")
+        clip = self._loaded(self._clip, "clip", "clip")
+        names = layer_names(self.dims.llama)
+        self._hold("text", [names[index] for index in plan.text_residents])
+        with self._walk(self._llama, list(zip(names, llama.layers, strict=True)), 1) as walk:
+            yield self._with_tokenizers(llama, clip), walk.visit
+
+    def _with_tokenizers(self, llama: Any, clip: Any) -> Encoders:
+        origin = self.origin
+        if isinstance(origin, DimsOnly):
+            return Encoders(llama=llama, clip=clip, device=self.device)
+        return TextEncoders(
             llama=llama,
             llama_tokenizer=load_tokenizer(origin.tokenizer("tokenizer")),
             clip=clip,
             clip_tokenizer=load_tokenizer(origin.tokenizer("tokenizer_2")),
             device=self.device,
         )
-        self._parts["text"] = encoders
-        return encoders
 
-    def _fill(self, module: nn.Module, origin: Origin, part: str, weights: str | None = None) -> None:
-        """Give the empty module its weights, each in the dtype that the module has for it."""
-        if weights is not None:
-            swap(module, weights)
-        dtypes = {name: place.dtype for name, place in module.state_dict(keep_vars=True).items()}
-        load.fill(
-            module, origin.tensors(part), lambda name, tensor: tensor.to(self.device, dtypes.get(name, tensor.dtype))
-        )
+    @contextmanager
+    def modulation(self) -> Iterator[tuple[Dit, Visit]]:
+        """The transformer as `prepare_schedule` needs it; modulation i is there within its visit."""
+        dit: Dit = self._loaded(self._dit, "dit", "dit_rest")
+        blocks = list(zip(modulation_names(self.dims.dit), dit.modulations, strict=True))
+        with self._walk(self._dit, blocks, 1) as walk:
+            yield dit, walk.visit
+        if self.pool is not None:
+            self._dit.unload(keep=USED_BY_STEPS)
+
+    @contextmanager
+    def blocks(self, plan: Plan, rounds: int) -> Iterator[tuple[Dit, Walk]]:
+        """The transformer as `rounds` steps need it; block i is there within its visits."""
+        needed = EVERY if self.pool is None else USED_BY_STEPS
+        dit: Dit = self._loaded(self._dit, "dit", "dit_rest", needed)
+        names = block_names(self.dims.dit)
+        self._pinned = [names[index] for index in plan.pinned]
+        self._hold("dit", [names[index] for index in plan.residents])
+        with self._walk(self._dit, list(zip(names, dit.blocks, strict=True)), rounds) as walk:
+            yield dit, walk
+
+    def preload(self, plan: Plan) -> None:
+        """Load the parts that the plan keeps between clips, as a clip before would have left them."""
+        if "text" in plan.warm:
+            with self._encoders(plan):
+                pass
+        if "dit" in plan.warm:
+            with self.blocks(plan, 0):
+                pass
+        if "vae" in plan.warm:
+            self.vae()
+
+    def vae(self) -> Vae:
+        """The VAE's decoder, on the device."""
+        vae: Vae = self._loaded(self._vae, "vae", "vae", USED_BY_DECODE)
+        return vae
+
+    def vae_on_cpu(self) -> Vae:
+        """Another decoder, in fp32 on the CPU, for a clip that the device has no room to decode."""
+        with not_counted(), torch.device("meta"):
+            vae = Vae(self.dims.vae)
+        Part(vae).fill(self.origin.tensors("vae"), torch.device("cpu"), USED_BY_DECODE)
+        return vae
+
+    @contextmanager
+    def _walk(self, part: Part, blocks: list[tuple[str, nn.Module]], rounds: int) -> Iterator[Walk]:
+        """Blocks whose weights are in place are walked too: what is reported is the same."""
+        try:
+            if self.pool is None:
+                yield Walk(self.lanes, len(blocks), rounds)
+                return
+            with open_streamer(self.pool, blocks, rounds=rounds) as streamer:
+                yield streamer
+        finally:
+            part.scratch.release()
+
+    def _hold(self, stage: str | None = None, residents: Sequence[str] = ()) -> None:
+        """Have the slabs at hand that stages have asked for, and no others."""
+        if stage is not None:
+            self._residents[stage] = residents
+        if self.pool is not None:
+            resident = [name for names in self._residents.values() for name in names]
+            for _ in self.pool.keep(resident=resident, pinned=self._pinned):
+                pass
+
+    def _loaded(self, part: Part, name: str, slab: str, needed: tuple[str, ...] = EVERY) -> Any:
+        """The module of `part`, with at least the weights whose names begin with one of `needed`."""
+        if not part.has(needed):
+            tensors = self.origin.tensors(name if self.pool is None else slab)
+            part.fill(tensors, self.device, needed)
+        return part.module
+
+    def peak_bytes(self) -> int | None:
+        """The most that the card has given since `begin_run`; None where there is none."""
+        return used_peak(self.device)
+
+    @property
+    def loaded(self) -> list[str]:
+        """The parts (text, dit, vae) of which weights are in memory."""
+        return [name for name, parts in self._built().items() if any(part.held for part in parts)]
+
+    def release(self, keep: Collection[str] = ()) -> None:
+        """Give back all parts but those named (text, dit, vae)."""
+        for name, parts in self._built().items():
+            if name not in keep:
+                self._residents.pop(name, None)
+                for part in parts:
+                    part.unload()
+        self._hold()
+        give_back(self.device)
+
+    def _built(self) -> dict[str, list[Part]]:
+        parts = {"text": ("_llama", "_clip"), "dit": ("_dit",), "vae": ("_vae",)}
+        return {name: [getattr(self, each) for each in own if each in self.__dict__] for name, own in parts.items()}
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.release()
+        if self.pool is not None:
+            self.pool.close()
+
+
+def _exchange(module: nn.Module, quantised: str | None, plain: str) -> Scratch:
+    """Put Linears in place for what a store holds: matrices in `quantised` form, the others in the dtype `plain`.
+
+    Returns the memory that they dequantise into.
+    """
+    scratch, dtype = Scratch(), next(module.parameters()).dtype
+    with not_counted():
+        if quantised is not None:
+            swap(module, quantised, scratch)
+        if DTYPES[plain] != dtype:
+            swap(module, plain, scratch)
+    return scratch
 
 
 @contextmanager
@@ -168,85 +345,65 @@ def open_model(
     profile: Profile | None = None,
     device: str | None = None,
     *,
-    dynamic: bool = False,
+    asked: Asked = NOTHING_ASKED,
+    told: Callable[[Progress | Note], None] = lambda event: None,
     **files: Path | None,
 ) -> Iterator[Model]:
     """Open `shapes`, `hunyuanvideo`, a checkpoint folder or a packed store; parts are loaded when they are needed.
 
-    `files` replace single parts of a checkpoint: dit, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2.
-    `dynamic` multiplies int8 weights of a store by int8 activations.
+    `files` replace single parts of a checkpoint: dit, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2. A
+    large checkpoint is packed first, once, to the formats of the profile (`packing.provide`); `told` hears of it.
     """
     chosen = choose_device(device)
-    profile = profile or load_profile("24g" if chosen.type == "cuda" else "cpu")
+    if profile is None:
+        named = default_profile(chosen)
+        profile = load_profile(auto_profile(chosen) if named == AUTO else named)
     check_dtype(chosen, profile.dtype)
     choose_attention(chosen.type, profile.attention, DTYPES[profile.dtype])
     if chosen.type == "cpu" and profile.dtype == "fp16":
         raise ProfileError("dtype fp16 has no fast kernels on a CPU; use --dtype fp32 or bf16, or a CUDA device")
+    origin: Origin
     if chosen.type == "meta" and model == REAL:
-        opened = Model(None, HUNYUANVIDEO, profile, chosen)
+        formats = formats_for(HUNYUANVIDEO, profile, asked=True) or Formats()
+        origin = DimsOnly(HUNYUANVIDEO, formats, profile.weights == "int8-dynamic")
     else:
-        origin = find_origin(model, files, dynamic=dynamic)
-        opened = Model(origin, origin.dims, profile, chosen)
+        origin = _provided(provide(model, profile, files, asked), told)
+    opened = Model(origin, profile, chosen)
+    if chosen.type == "cuda":
+        assert opened.room is not None
+        cap(chosen, budget_bytes(profile, opened.room))
     try:
         yield opened
     finally:
         opened.close()
+        cap(chosen, None)
 
 
-def find_origin(model: str | Path, files: Mapping[str, Path | None], *, dynamic: bool = False) -> Origin:
-    """The store, or the checkpoint, that a model's name or folder stands for; checked by headers alone."""
-    given = {name: path for name, path in files.items() if path is not None}
-    folder = model_folder(model)
-    if is_store(folder):
-        if given:
-            raise WeightsError(
-                f"{folder} is a packed store: its parts cannot be replaced (asked for {', '.join(given)})"
-            )
-        return Packed(open_store(folder), dynamic)
-    return open_checkpoint(folder, given)
+def _provided(
+    packing: Generator[Progress | Note, None, Checkpoint | Packed], told: Callable[[Progress | Note], None]
+) -> Checkpoint | Packed:
+    while True:
+        try:
+            told(next(packing))
+        except StopIteration as ended:
+            origin: Checkpoint | Packed = ended.value
+            return origin
 
 
-def open_checkpoint(folder: Path, given: dict[str, Path]) -> Checkpoint:
-    """A checkpoint folder with single parts replaced; WeightsError says what does not belong together."""
-    for name, path in given.items():
-        if not path.exists():
-            raise WeightsError(f"{path} (given for {name}) does not exist")
-    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        own = given.get(encoder)
-        if own is not None and tokenizer not in given and has_tokenizer(own):
-            given[tokenizer] = own
-    sources = find_sources(folder, given)
-    checkpoint = Checkpoint(sources, read_dims(sources))
-    check_parts(sources, checkpoint.dims)
-    for part in ("dit", "vae", "text", "clip"):
-        checkpoint.tensors(part)  # held against the headers now: a damaged part must not end a run after hours
-    return checkpoint
+def block_names(dims: DitDims) -> list[str]:
+    """The slabs of the transformer's blocks, in the order in which a step visits them."""
+    return _numbered("double_blocks", dims.double_blocks) + _numbered("single_blocks", dims.single_blocks)
 
 
-def check_parts(sources: Sources, dims: ModelDims) -> None:
-    """Parts of different models are refused, with the two numbers that do not meet."""
-    meetings = (
-        ("text states", sources.dit, dims.dit.text_width, sources.text_encoder, dims.llama.hidden),
-        ("the pooled text", sources.dit, dims.dit.pooled_width, sources.text_encoder_2, dims.clip.hidden),
-        ("latents", sources.dit, dims.dit.latent_channels, sources.vae, dims.vae.latent_channels),
-    )
-    for what, dit, wanted, part, found in meetings:
-        if wanted != found:
-            raise WeightsError(
-                f"{dit} takes {what} of width {wanted}, {part} gives {found}: they belong to different models"
-            )
+def modulation_names(dims: DitDims) -> list[str]:
+    """The slabs of the blocks' modulation, in the same order."""
+    return _numbered("double_mods", dims.double_blocks) + _numbered("single_mods", dims.single_blocks)
 
 
-def model_folder(model: str | Path) -> Path:
-    """The folder that a model's name stands for."""
-    if model == EMBEDDED:
-        return paths.SHAPES_MODEL
-    if model == REAL:
-        folder = paths.models_folder() / REAL
-        if not folder.is_dir():
-            raise WeightsError(
-                f"{REAL} is not on this machine (looked in {folder}). Put its checkpoint folder there, or name "
-                "it: --model FOLDER. The embedded model needs nothing: --model shapes."
-            )
-        return folder
-    return Path(model)
+def layer_names(dims: LlamaDims) -> list[str]:
+    """The slabs of the text encoder's layers."""
+    return _numbered("text_layers", dims.used_layers)
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name}.{index}" for index in range(count)]

@@ -4,8 +4,9 @@ Stores lie in HVLITE_HOME/packed, named after the model, its weights and the for
 later run.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,28 @@ from torch import Tensor, nn
 from hvlite import paths
 from hvlite.dims import ModelDims
 from hvlite.errors import WeightsError
+from hvlite.events import Note
 from hvlite.model.dit import Dit
 from hvlite.model.text import build_llama
+from hvlite.origin import Checkpoint, Packed, find_origin
+from hvlite.planning import formats_for, stored_formats
+from hvlite.profile import Profile
 from hvlite.quant.swap import FORMATS, plan_swap
-from hvlite.weights.layout import Formats
+from hvlite.weights.layout import Formats, store_bytes
 from hvlite.weights.pack import Progress, Recipe, pack
+from hvlite.weights.parts import Fp8Weight, Loaded, plain
 from hvlite.weights.sources import Sources, fingerprint
-from hvlite.weights.store import Store
-
-# int8-dynamic multiplies otherwise; what is stored is int8.
-STORED_AS = {"int8-dynamic": "int8"}
+from hvlite.weights.store import Store, is_store
 
 
-def stored_formats(weights: str | None, text_weights: str | None) -> Formats:
-    """The formats of a store for what is asked; None is the published precision."""
-    plain = Formats()
-    return Formats(
-        weights=STORED_AS.get(weights or plain.weights, weights or plain.weights),
-        text_weights=STORED_AS.get(text_weights or plain.text_weights, text_weights or plain.text_weights),
-    )
+class Asked(NamedTuple):
+    """The formats that a user named, over the profile's own."""
+
+    weights: str | None = None
+    text_weights: str | None = None
+
+
+NOTHING_ASKED = Asked()
 
 
 def check_formats(store: Store, weights: str | None, text_weights: str | None) -> None:
@@ -66,10 +70,44 @@ def pack_model(sources: Sources, dims: ModelDims, out: Path, formats: Formats) -
     yield from pack(sources, dims, out, recipe)
 
 
-def _quantiser(module: nn.Module, weights: str | None) -> Callable[[str, Tensor], dict[str, Tensor]] | None:
+def _quantiser(module: nn.Module, weights: str | None) -> Callable[[str, Loaded], dict[str, Tensor]] | None:
     """What turns a parameter of `module` into what its swapped twin holds; None where nothing is quantised."""
     if weights is None:
         return None
     assert weights in FORMATS, weights
     plan = plan_swap(module, weights)
-    return lambda name, tensor: dict(plan.tensors(name, tensor))
+
+    def quantise(name: str, loaded: Loaded) -> dict[str, Tensor]:
+        if isinstance(loaded, Fp8Weight) and plan.adopts(name, loaded.weight):
+            return dict(plan.adopted(name, loaded.weight, loaded.scale))
+        return dict(plan.tensors(name, plain(loaded)))
+
+    return quantise
+
+
+def provide(
+    model: str | Path, profile: Profile, files: Mapping[str, Path | None], asked: Asked = NOTHING_ASKED
+) -> Generator[Progress | Note, None, Checkpoint | Packed]:
+    """What is rendered from: a store itself, a small checkpoint as it is, or the store that a checkpoint is packed to.
+
+    Packing happens once, to the formats of the profile. WeightsError where a store holds others than were asked for.
+    """
+    dynamic = profile.weights == "int8-dynamic"
+    origin = find_origin(model, files, dynamic=dynamic)
+    if isinstance(origin, Packed):
+        check_formats(origin.store, asked.weights, asked.text_weights)
+        return origin
+    formats = formats_for(origin.dims, profile, asked=asked != NOTHING_ASKED)
+    if formats is None:
+        return origin
+    out = store_path(origin.sources, origin.dims, formats)
+    if not is_store(out):
+        size = store_bytes(origin.dims, formats.weights, formats.text_weights)
+        yield Note(
+            f"packing {origin.folder} once: {size / 1e9:.2f} GB of {formats.weights} weights and "
+            f"{formats.text_weights} text weights, to {out}"
+        )
+        yield from pack_model(origin.sources, origin.dims, out, formats)
+    packed = find_origin(out, {}, dynamic=dynamic)
+    assert isinstance(packed, Packed)
+    return packed

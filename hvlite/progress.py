@@ -14,12 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hvlite.errors import ExitCode
-from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, TileDone
+from hvlite.events import BlockDone, Chosen, Event, Finished, Note, Saved, Stage, TileDone
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hvlite.metadata import MemoryUsed
     from hvlite.weights.pack import Progress
 
 PLAIN_SECONDS = 60.0
@@ -50,6 +53,7 @@ class Talk:
         self.console = Console(stderr=True, highlight=False)
         self.meter: Meter | None = None
         self.latents: Path | None = None
+        self.are_final = False
         self.noted: set[str] = set()
 
     def say(self, text: str) -> None:
@@ -84,25 +88,41 @@ class Talk:
                 self.advance("denoise", done, event.steps * event.blocks, where)
             case TileDone():
                 self.advance("decode", event.tile + 1, event.tiles, f"tile {event.tile + 1}/{event.tiles}")
-            case Saved("latents", path):
-                self.latents = path
-            case Finished(path, timings):
+            case Chosen(_, latents):
+                self.latents, self.are_final = latents, False
+            case Saved("latents", _):
+                self.are_final = True
+            case Finished(path, timings, memory):
                 self.close()
                 self.latents = None
-                self.say("done: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items()))
+                peak = memory_text(memory)
+                self.say("done: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items()) + peak)
                 if path is not None and not self.as_json:
                     self.result(str(path))
             case _:
                 pass
 
-    def follow_packing(self, stream: "Iterator[Progress]") -> None:
+    def tell_what_is_kept(self) -> None:
+        """After the last event: how to finish a clip that was not finished."""
+        if self.latents is None or not self.latents.exists():
+            return
+        if self.are_final:
+            self.insist(f"the finished latents are safe; finish with: hvlite decode {self.latents}")
+        else:
+            self.insist(f"the steps that are done are safe; go on with: hvlite gen --resume {self.latents}")
+
+    def packing(self, event: "Progress | Note") -> None:
         """Show how far a packing is."""
+        if isinstance(event, Note):
+            self.event(event)
+        else:
+            size = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
+            self.advance("pack", event.done_bytes, event.total_bytes, f"{size}  {event.slab}")
+
+    def follow_packing(self, stream: "Iterator[Progress | Note]") -> None:
+        """Show all of it."""
         for event in stream:
-            if isinstance(event, Note):
-                self.event(event)
-            else:
-                size = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
-                self.advance("pack", event.done_bytes, event.total_bytes, f"{size}  {event.slab}")
+            self.packing(event)
         self.close()
 
     def close(self) -> None:
@@ -197,8 +217,7 @@ class Stop:
             self.deferred = False
             stream.close()
             self.talk.close()
-            if self.talk.latents is not None:  # the clip that they belong to was not finished
-                self.talk.insist(f"the finished latents are safe; finish with: hvlite decode {self.talk.latents}")
+            self.talk.tell_what_is_kept()
 
 
 @contextmanager
@@ -221,8 +240,19 @@ def printable(text: str) -> str:
 
 def print_json(value: object) -> None:
     """One JSON object on one line of stdout; paths as text."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=_plain) + "\n")
     sys.stdout.flush()
+
+
+def _plain(value: object) -> object:
+    return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else str(value)
+
+
+def memory_text(memory: "MemoryUsed | None") -> str:
+    """What the device gave, beside what was predicted, where it is known."""
+    if memory is None or memory.actual_bytes is None:
+        return ""
+    return f"; peak memory {memory.actual_bytes / 2**30:.2f} GiB, planned {memory.predicted_bytes / 2**30:.2f} GiB"
 
 
 def _clock(seconds: float) -> str:

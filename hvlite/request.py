@@ -39,10 +39,8 @@ class Request:
     template: Template | None = None
 
     def __post_init__(self) -> None:
-        if "\0" in self.prompt or len(self.prompt) > MAX_PROMPT_CHARACTERS:
-            raise RequestError(
-                f"a prompt has at most {MAX_PROMPT_CHARACTERS:,} characters and no NUL; got {len(self.prompt):,}"
-            )
+        _check_text("a prompt", self.prompt)
+        _check_text("a negative prompt", self.negative_prompt or "")
         if self.size is not None:
             object.__setattr__(self, "size", _checked_size(self.size))
         if self.frames is not None:
@@ -142,6 +140,17 @@ def unusual_size_note(size: tuple[int, int], defaults: RequestDefaults) -> str |
     return (
         f"{size[0]}x{size[1]} (height x width) is not a published size; it works without guarantee. Published: {known}"
     )
+
+
+def _check_text(name: str, text: str) -> None:
+    if "\0" in text or len(text) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(f"{name} has at most {MAX_PROMPT_CHARACTERS:,} characters and no NUL; got {len(text):,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} is Unicode text; character {error.start + 1} is half of one (is its file or terminal not UTF-8?)"
+        ) from None
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -34,6 +34,14 @@ def euler_step(latents: Tensor, velocity: Tensor, sigmas: Tensor, step: int) -> 
     return latents.float() + velocity.float() * (sigmas[step + 1] - sigmas[step])
 
 
+def predict_end(latents: Tensor, velocity: Tensor, sigmas: Tensor, step: int) -> Tensor:
+    """The data that noise level `step` is thought to come from: the straight line of `velocity` to its end, in fp32.
+
+    Latents at level sigma are (1 - sigma) data + sigma noise, and velocity is noise - data.
+    """
+    return latents.float() - velocity.float() * (sigmas[step] - sigmas[-1])
+
+
 def guide(negative: Tensor, positive: Tensor, cfg_scale: float) -> Tensor:
     """True classifier-free guidance in the model's dtype (spec 5.2)."""
     return negative + cfg_scale * (positive - negative)

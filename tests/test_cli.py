@@ -10,24 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hvlite import cli
 from hvlite.errors import ExitCode
 from hvlite.video.mp4 import read_metadata
+from tests.command_line import call
 
 CLIP = ("--frames", "5", "--steps", "1", "--size", "32", "32")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of `hvlite ARGUMENTS` in this process."""
-    before = sys.argv
-    sys.argv = ["hvlite", *arguments]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture
@@ -191,5 +178,5 @@ def test_a_first_signal_stops_at_a_block(
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "--help")
     assert code == ExitCode.DONE
-    for command in ("gen", "info", "decode", "models"):
+    for command in ("gen", "info", "decode", "models", "profiles", "doctor"):
         assert command in out

@@ -39,11 +39,11 @@ def velocity(
     """One forward pass as `generate.denoise` makes it."""
     knobs = knobs or Activations()
     shape = LatentShape(*latents.shape[2:])
-    conditioning = dit.prepare_schedule(timestep, guidance, text, pooled)
+    (conditioning,) = dit.prepare_schedule(timestep, guidance, [(text, pooled)])
     work = dit.make_workspace(shape, len(text), knobs, latents.dtype)
     x = dit.embed(latents, conditioning.text[0])
     for index in range(dit.dims.blocks):
-        dit.run_block(index, x, conditioning.block(0, index), work)
+        dit.run_block(index, x, conditioning.of_block(index)[0], work)
     return dit.head(x, conditioning.final[0], shape, knobs.token_chunk)
 
 
@@ -110,9 +110,9 @@ def test_schedule_prepared_at_once_equals_step_by_step(
     dit = our_dit(tiny_transformer(), tmp_path)
     _, _, text, pooled = inputs
     timesteps = torch.tensor([1000.0, 700.0, 125.0])
-    whole = dit.prepare_schedule(timesteps, GUIDANCE, text, pooled)
+    (whole,) = dit.prepare_schedule(timesteps, GUIDANCE, [(text, pooled)])
     for step, timestep in enumerate(timesteps.split(1)):
-        alone = dit.prepare_schedule(timestep, GUIDANCE, text, pooled)
+        (alone,) = dit.prepare_schedule(timestep, GUIDANCE, [(text, pooled)])
         assert torch.equal(whole.double[step], alone.double[0])
         assert torch.equal(whole.single[step], alone.single[0])
         assert torch.equal(whole.final[step], alone.final[0])
@@ -140,8 +140,8 @@ def test_guidance_is_rounded_as_the_reference_rounds_it(tmp_path: Path) -> None:
     seen: list[float] = []
     dit.guidance_in.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0, 0].item()))
     timestep, text, pooled = torch.tensor([10.0]), torch.randn(2, 32), torch.randn(24)
-    dit.prepare_schedule(timestep, GUIDANCE, text, pooled)
-    dit.bfloat16().prepare_schedule(timestep, GUIDANCE, text, pooled)
+    dit.prepare_schedule(timestep, GUIDANCE, [(text, pooled)])
+    dit.bfloat16().prepare_schedule(timestep, GUIDANCE, [(text, pooled)])
     assert seen == pytest.approx(torch.tensor([6000.0, 6016.0]).cos().tolist(), abs=1e-3)
 
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from hvlite.errors import WeightsError
 from hvlite.quant.fp8 import E4M3, adopt_fp8, quantise_fp8
 from hvlite.quant.swap import FORMATS
 from hvlite.weights.checkpoint import open_checkpoint
-from hvlite.weights.parts import Opened
+from hvlite.weights.parts import Fp8Weight, Opened
 from tests.quantised import DTYPES, put, quantised, random_weight
 
 FP8 = FORMATS["fp8"]
@@ -47,8 +48,9 @@ def test_representable_weights_come_back_exactly(dtype: torch.dtype, power: int)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_official_pair_is_taken_as_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
-    """The loader's dequantised tensor and this Linear's weight are the same bits."""
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_an_fp8_weight_of_a_file_is_taken_as_it_is(tmp_path: Path, dtype: torch.dtype, is_scaled: bool) -> None:
+    """The loader's dequantised tensor and this Linear's weight are the same bits; a plain cast has scale 1."""
     file = tmp_path / "x.safetensors"
     save_file({"a.weight": random_weight(6, 40).to(E4M3), "a.scale_weight": torch.tensor([0.00140380859])}, file)
     catalog = open_checkpoint(file)
@@ -56,23 +58,18 @@ def test_the_official_pair_is_taken_as_it_is(tmp_path: Path, dtype: torch.dtype)
         file=file,
         layout="A",
         tensors={"a.weight": catalog["a.weight"]},
-        scales={"a.weight": catalog["a.scale_weight"]},
-        is_scaled=True,
+        scales={"a.weight": catalog["a.scale_weight"]} if is_scaled else {},
+        is_scaled=is_scaled,
     )
-    weight, scale = opened.tensors["a.weight"].read(), opened.scales["a.weight"].read()
+    published = opened.read("a.weight")
+    assert isinstance(published, Fp8Weight)
 
-    made = adopt_fp8(weight, scale)
+    made = adopt_fp8(published.weight, published.scale)
 
-    assert made["qweight"] is weight
-    assert torch.equal(made["scale"], scale)
+    assert made["qweight"] is published.weight
+    assert made["scale"].tolist() == [torch.tensor(0.00140380859).item() if is_scaled else 1.0]
     layer = put(FP8.linear(40, 6, bias=False, dtype=dtype), made)
-    assert torch.equal(layer.dequantise(), opened.read("a.weight").to(dtype))
-
-
-def test_a_plain_cast_has_scale_one() -> None:
-    weight = random_weight(6, 40).to(E4M3)
-    layer = put(FP8.linear(40, 6, bias=False, dtype=torch.bfloat16), adopt_fp8(weight, None))
-    assert torch.equal(layer.dequantise(), weight.bfloat16())
+    assert torch.equal(layer.dequantise(), published.dequantised().to(dtype))
 
 
 def test_columns_of_an_fp8_weight_are_adopted_in_order() -> None:
@@ -90,3 +87,11 @@ def test_quantising_and_adopting_are_not_mixed_up() -> None:
         quantise_fp8(random_weight(6, 40).to(E4M3))
     with pytest.raises(AssertionError, match=r"this one is torch\.float32"):
         adopt_fp8(random_weight(6, 40), torch.ones(1))
+
+
+@pytest.mark.parametrize(("value", "scale"), [(float("nan"), 1.0), (1.0, float("inf")), (1.0, float("nan"))])
+def test_what_is_not_finite_is_not_adopted(value: float, scale: float) -> None:
+    weight = torch.ones(6, 40)
+    weight[4, 7] = value
+    with pytest.raises(WeightsError, match="cannot be quantised"):
+        adopt_fp8(weight.to(E4M3), torch.tensor([scale]))

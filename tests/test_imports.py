@@ -4,7 +4,9 @@ The contracts of pyproject.toml say the same about the source text; a static gra
 package that imports torch by itself.
 """
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,19 +25,32 @@ LIGHT = (
     "hvlite.events",
     "hvlite.profile",
     "hvlite.request",
+    "hvlite.memory.decode_ladder",
+    "hvlite.memory.exact_needs",
     "hvlite.memory.plan",
     "hvlite.jobs.job",
     "hvlite.jobs.store",
     "hvlite.jobs.batch",
     "hvlite.jobs.eta",
+    "hvlite.jobs.prompt_files",
     "hvlite.tui",
     "hvlite.tui.app",
     "hvlite.formats",
     "hvlite.metadata",
+    "hvlite.weights.fetch",
+    "hvlite.weights.fetched",
     "hvlite.weights.layout",
     "hvlite.weights.mounts",
+    "hvlite.weights.published",
+    "hvlite.disk",
+    "hvlite.memory.rates",
     "hvlite.progress",
+    "hvlite.cli_flags",
+    "hvlite.cli_machine",
     "hvlite.cli_models",
+    "hvlite.cli_report",
+    "hvlite.report",
+    "hvlite.report.markup",
     "hvlite.cli",
 )
 HEAVY = (
@@ -115,3 +130,19 @@ def test_front_ends_and_arithmetic_leave_the_heavy_libraries_alone() -> None:
 
 def test_each_module_imports_on_its_own() -> None:
     assert run_python(IMPORT_ALONE, modules_present()) == ""
+
+
+def sql_in(file: Path) -> list[str]:
+    """The strings of a source file that are SQL."""
+    words = re.compile(
+        r"\s*(SELECT .* FROM|INSERT INTO|UPDATE \w+ SET|DELETE FROM|CREATE TABLE|PRAGMA|BEGIN IMM)", re.S
+    )
+    strings = (node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+    return [text for text in strings if isinstance(text, str) and words.match(text)]
+
+
+def test_only_the_store_speaks_sql() -> None:
+    store = PACKAGE / "jobs" / "store"
+    speaking = {file for file in PACKAGE.rglob("*.py") if sql_in(file)}
+    assert len(speaking) > 4
+    assert {file for file in speaking if store not in file.parents} == set()

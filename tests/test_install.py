@@ -348,7 +348,8 @@ def test_every_requirement_is_pinned_inside_its_range() -> None:
 
 
 def test_the_wheel_carries_profiles_and_assets(tmp_path: Path) -> None:
-    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "hvlite").rglob("*.py")}
+    sources = (file for pattern in ("*.py", "*.css") for file in (ROOT / "hvlite").rglob(pattern))
+    expected = {str(file.relative_to(ROOT)) for file in sources}
     expected |= {f"hvlite/profiles/{file.name}" for file in (ROOT / "profiles").glob("*.toml")}
     assets = (ROOT / "hvlite" / "assets").rglob("*")
     expected |= {str(file.relative_to(ROOT)) for file in assets if file.is_file()}

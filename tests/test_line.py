@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -22,20 +22,25 @@ from transformers import CLIPTextModel, LlamaModel
 
 import hvlite
 from hvlite import Outputs, Request, encode_prompts, generate, load_profile, metadata, open_model, paths
+from hvlite.clip import decode, decode_file
 from hvlite.dims import latent_shape
 from hvlite.errors import DoesNotFit, OutputError, RequestError, WeightsError
 from hvlite.events import BlockDone, Event, Finished, Note, Saved, Stage, StepDone, TileDone
-from hvlite.line import decode, decode_file, denoise, prepare_schedule, prompts_of
-from hvlite.memory.tiles import TileGeometry
+from hvlite.line import begin, denoise
+from hvlite.memory.tiles import TileGeometry, TileStep
 from hvlite.metadata import ModelMade
 from hvlite.model.dit import Dit
 from hvlite.model.text import load_tokenizer, text_template
 from hvlite.opened import Model
-from hvlite.sampler import make_noise, make_sigmas
+from hvlite.origin import Checkpoint
+from hvlite.planning import Wishes
+from hvlite.run import Run
+from hvlite.sampler import make_noise
 from hvlite.video.latents import load_latents
 from hvlite.video.mp4 import read_frames, read_metadata
 
 PROMPT = "a red circle"
+Value = TypeVar("Value")
 SMALL_TILES = TileGeometry(frames=16, frames_stride=12, height=32, height_stride=24, width=32, width_stride=24)
 
 
@@ -55,23 +60,20 @@ def finished(events: Sequence[Event]) -> Path:
 def latents_and_frames(request: Request, model: Model, tiles: TileGeometry) -> tuple[Tensor, Tensor]:
     """The line's numbers before they are rounded to pixels."""
     resolved = request.resolve(model.dims)
-    prompts = encode_prompts(prompts_of(resolved), model, resolved.template)
-    sigmas = make_sigmas(resolved.steps, resolved.flow_shift)
-    shape = latent_shape(resolved.size, resolved.frames, model.dims.vae)
-    noise = make_noise(shape, model.dims.dit.latent_channels, resolved.seed)
-    branches = prepare_schedule(model, resolved, sigmas, prompts)
-    latents = returned(denoise(model, resolved, noise, sigmas, branches))
-    steps = decode(model, latents, tiles)
-    return latents, torch.cat([step.frames for step in steps if step.frames is not None], dim=1)
+    run = Run(model, resolved, Outputs(), model.plan(resolved, Wishes(tiles=tiles)))
+    clip = returned(begin(run, None))
+    returned(denoise(run, clip))
+    steps = [step for step in decode(run, clip.latents) if isinstance(step, TileStep)]
+    return clip.latents, torch.cat([step.frames for step in steps if step.frames is not None], dim=1)
 
 
-def returned(generator: Generator[Event, None, Tensor]) -> Tensor:
+def returned(generator: Generator[Event, None, Value]) -> Value:
     """Run a generator to its end; what it returned."""
     while True:
         try:
             next(generator)
         except StopIteration as stop:
-            value: Tensor = stop.value
+            value: Value = stop.value
             return value
 
 
@@ -152,7 +154,7 @@ def test_a_clip_is_written_with_all_that_made_it(tiny_model: Path, tmp_path: Pat
         path = finished(events)
         made = metadata.decode(read_metadata(path), path)
         assert made.request == Request(PROMPT, seed=9).resolve(model.dims)
-        assert made.model == ModelMade(name="tiny", fingerprint=model.fingerprint)
+        assert made.model == ModelMade(name="tiny", fingerprint=model.origin.fingerprint)
     assert path.parent == tmp_path
     assert len(list(read_frames(path))) == 5
     assert set(made.timings) >= {"text", "schedule", "denoise"}
@@ -191,7 +193,8 @@ def test_latents_finish_a_clip_later(tiny_model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept.safetensors"
     with open_model(tiny_model) as model:
         first = finished(run(Request(PROMPT), model, outputs=Outputs(file=tmp_path / "a.mp4", latents=kept)))
-        latents, stored = load_latents(kept)
+        saved = load_latents(kept)
+        latents, stored = saved.latents, saved.request
         assert latents.shape == (1, 16, 2, 4, 4)
         assert metadata.decode(stored, kept).request.prompt == PROMPT
         again = finished(list(decode_file(kept, model, Outputs(file=tmp_path / "b.mp4"))))
@@ -221,7 +224,6 @@ def test_a_failed_allocation_is_does_not_fit(tiny_model: Path, tmp_path: Path, m
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
     with open_model(tiny_model) as model:
-        model.dit()
         monkeypatch.setattr(Dit, "run_block", no_memory)
         with pytest.raises(DoesNotFit, match=r"tried to allocate 20\.00 GiB.*smaller --size"):
             run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path))
@@ -264,7 +266,7 @@ def test_prompts_encoded_before_need_no_encoder(tiny_model: Path, tmp_path: Path
         prompts = encode_prompts([PROMPT], model)
         model.close()
         first = finished(run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path), prompts=prompts))
-        assert "text" not in model._parts
+        assert "text" not in model.loaded
         second = finished(run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path)))
     for ours, theirs in zip(read_frames(first), read_frames(second), strict=True):
         assert np.array_equal(ours, theirs)
@@ -280,7 +282,8 @@ def test_an_abandoned_run_leaves_nothing_and_holds_no_mode(tiny_model: Path, tmp
                 break
         stream.close()
         assert list(tmp_path.iterdir()) == []
-    assert model._parts == {}
+        assert set(model.loaded) <= set(model.plan(Request(PROMPT).resolve(model.dims)).warm)
+    assert not model.loaded
 
 
 def test_the_real_dims_run_on_meta_without_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +301,8 @@ def test_the_real_dims_run_on_meta_without_any_file(tmp_path: Path, monkeypatch:
 def test_a_size_outside_the_table_is_a_note(tiny_model: Path, tmp_path: Path) -> None:
     with open_model(tiny_model) as model:
         known = replace(model.dims.defaults, known_sizes=((64, 64),))
-        model.dims = replace(model.dims, defaults=known)
+        assert isinstance(model.origin, Checkpoint)
+        model.origin = replace(model.origin, dims=replace(model.dims, defaults=known))
         events = run(Request(PROMPT), model, outputs=Outputs(folder=tmp_path))
     assert any(isinstance(event, Note) and "not a published size" in event.text for event in events)
 

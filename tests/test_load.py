@@ -320,6 +320,27 @@ def test_official_fp8_without_its_map_is_refused(tmp_path: Path) -> None:
     refusal(lambda: dit_tensors(path, TINY_DIT), "'extra' is unknown")
 
 
+def test_the_disk_is_told_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a tensor is read, the one that is read after it is announced, and nothing that nobody wants."""
+    path = write_dit(tmp_path, random_dit(), layout="C")
+    calls: list[tuple[str, tuple[int, int]]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _, offset, size, advice: calls.append(("next", (offset, size))))
+    read = Stored.read
+
+    def recorded(self: Stored) -> Tensor:
+        calls.append(("read", (self.offset, self.nbytes)))
+        return read(self)
+
+    monkeypatch.setattr(Stored, "read", recorded)
+    found = dict(dit_tensors(path, TINY_DIT, wanted=lambda name: name.startswith("double_blocks.1.img.attn")))
+    assert len(found) == 4
+    announced = [place for kind, place in calls if kind == "next"]
+    places = [place for kind, place in calls if kind == "read"]
+    assert len(places) == 2 * 3 + 2  # q, k and v apart, weights and biases
+    assert announced == places[3:]
+    assert all(calls.index(("next", place)) < calls.index(("read", place)) for place in announced)
+
+
 # The other parts.
 
 

@@ -1,6 +1,7 @@
 """Videos: what goes in comes out, equal frames give equal packets, and nothing half-made is ever left."""
 
 import gc
+import io
 import json
 import os
 import resource
@@ -17,11 +18,12 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hvlite.errors import OutputError, RequestError
 from hvlite.video import mp4
 from hvlite.video.frames import Frame
-from hvlite.video.mp4 import open_mp4, read_frames, read_metadata, write_mp4
+from hvlite.video.mp4 import jpeg_bytes, open_mp4, read_frames, read_metadata, read_some, write_mp4
 
 METADATA = '{"seed": 1}'
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
@@ -117,6 +119,23 @@ def test_the_format_is_what_players_expect(video: Path) -> None:
         times = [frame.time for frame in container.decode(stream)]
     assert times == pytest.approx([number / 24 for number in range(9)])
     assert top_boxes(video.read_bytes()) == [b"ftyp", b"moov", b"free", b"mdat"]
+
+
+@pytest.mark.parametrize(("count", "picked"), [(1, [0]), (2, [0, 1]), (5, [0, 1, 3, 4]), (9, [0, 3, 5, 8])])
+def test_some_frames_are_the_same_as_those_of_all(tmp_path: Path, count: int, picked: list[int]) -> None:
+    path = write(tmp_path / "clip.mp4", waves(count))
+    every = list(read_frames(path))
+    assert np.array_equal(read_some(path, 4), [every[index] for index in picked])
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (31, 45), (1, 1)])
+def test_pillow_reads_a_jpeg_of_any_size(shape: tuple[int, int]) -> None:
+    (frame,) = waves(1, *shape)
+    content = jpeg_bytes(frame)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "JPEG"
+        assert psnr(frame, np.asarray(image.convert("RGB"))) > 30
+    assert jpeg_bytes(frame) == content
 
 
 def test_the_frame_rate_can_be_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hvlite.model.ops import (
     RmsNorm,
     attention,
     choose_attention,
+    chunks_of,
     make_rope,
     modulate,
     rotate_into,
@@ -98,6 +99,15 @@ def test_token_chunks_cover_every_token_once(tokens: int, chunk: int) -> None:
         assert part.stop - part.start == chunk
     last = chunks[-1].stop - chunks[-1].start
     assert len(chunks) == 1 or 64 <= last < chunk + 64
+
+
+@given(tokens=st.integers(0, 2000), chunk=st.integers(1, 10).map(lambda n: 64 * n))
+def test_on_meta_the_longest_chunk_stands_for_all(tokens: int, chunk: int) -> None:
+    every = token_chunks(tokens, chunk)
+    assert chunks_of(torch.empty(tokens, 1), chunk) == every
+    (walked,) = chunks_of(torch.empty(tokens, 1, device="meta"), chunk)
+    assert walked in every
+    assert walked.stop - walked.start == max(part.stop - part.start for part in every)
 
 
 def test_flash_attention_is_taken_where_it_works_and_never_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hvlite.atomic import locked
 from hvlite.dims import HUNYUANVIDEO, HUNYUANVIDEO_DEFAULTS, ModelDims
 from hvlite.errors import Busy, OutputError
 from hvlite.events import Note
@@ -34,10 +35,10 @@ from hvlite.weights.layout import (
 )
 from hvlite.weights.load import clip_tensors, dit_tensors, fill, llama_tensors, vae_tensors
 from hvlite.weights.pack import Packed, Progress, Recipe, cast_in_place, delete_source, pack
-from hvlite.weights.parts import Opened
+from hvlite.weights.parts import Loaded, Opened, plain
 from hvlite.weights.slab import DTYPE_WORDS
 from hvlite.weights.sources import Sources, find_sources, read_dims
-from hvlite.weights.store import INDEX, JOURNAL, Store, locked, open_store
+from hvlite.weights.store import INDEX, JOURNAL, Store, open_store
 from tests.layouts import (
     TINY_CLIP,
     TINY_DIT,
@@ -87,6 +88,13 @@ def run(steps: Iterator[Progress]) -> list[Progress]:
     return list(steps)
 
 
+def part_tensors(store: Store, part: str) -> Iterator[tuple[str, Tensor]]:
+    """All of dit, text, clip or vae, under the names that its module has."""
+    for slab in store.index.slabs:
+        if slab.part == part:
+            yield from store.tensors(slab.name)
+
+
 def packed(sources: Sources, out: Path, recipe: Recipe | None = None, dims: ModelDims = TINY) -> Store:
     """The finished store."""
     run(pack(sources, dims, out, recipe))
@@ -106,8 +114,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def fake_int8(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+def fake_int8(name: str, loaded: Loaded) -> Mapping[str, Tensor]:
     """Something of the shapes and dtypes of int8."""
+    tensor = plain(loaded)
     if tensor.dim() != 2 or not name.startswith(("double_", "single_", "layers.")):
         return {name: tensor}
     stem = name.removesuffix("weight")
@@ -160,7 +169,7 @@ def test_plain_stores_hold_what_the_loaders_give(
     }
     assert list(store.slabs) == TINY_SLABS
     for part, (tensors, dtype) in expected.items():
-        found = dict(store.tensors(part))
+        found = dict(part_tensors(store, part))
         wanted = {name: tensor.to(dtype) for name, tensor in tensors}
         assert list(found) == list(wanted)
         assert all(found[name].dtype == dtype and torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -180,7 +189,7 @@ def test_a_store_fills_the_modules(tmp_path: Path, checkpoint: Sources) -> None:
         modules: dict[str, nn.Module] = {"dit": Dit(TINY_DIT), "vae": Vae(TINY_VAE)}
     modules |= {"text": build_llama(TINY_LLAMA), "clip": build_clip(TINY_CLIP)}
     for part, module in modules.items():
-        fill(module, store.tensors(part))
+        fill(module, part_tensors(store, part))
         assert not any(parameter.is_meta for parameter in module.parameters())
 
 
@@ -198,9 +207,9 @@ def test_a_transform_decides_what_is_stored(tmp_path: Path, checkpoint: Sources)
     """Under the tensor's own name it is cast to the part's dtype; under others it is stored as it comes."""
     seen: list[str] = []
 
-    def transform(name: str, tensor: Tensor) -> Tensor | Mapping[str, Tensor]:
+    def transform(name: str, loaded: Loaded) -> Tensor | Mapping[str, Tensor]:
         seen.append(name)
-        return tensor.float() if tensor.dim() == 1 else fake_int8(name, tensor)
+        return plain(loaded).float() if plain(loaded).dim() == 1 else fake_int8(name, loaded)
 
     store = packed(checkpoint, tmp_path / "store", replace(INT8, dit=transform))
     source = dict(dit_tensors(checkpoint.dit, TINY_DIT))
@@ -297,8 +306,8 @@ def quantising(weights: str, dims: ModelDims) -> Recipe:
         dit_plan, text_plan = plan_swap(Dit(dims.dit), weights), plan_swap(build_llama(dims.llama), weights)
     return Recipe(
         formats=Formats(weights=weights, text_weights=weights),
-        dit=lambda name, tensor: dict(dit_plan.tensors(name, tensor)),
-        text=lambda name, tensor: dict(text_plan.tensors(name, tensor)),
+        dit=lambda name, loaded: dict(dit_plan.tensors(name, plain(loaded))),
+        text=lambda name, loaded: dict(text_plan.tensors(name, plain(loaded))),
     )
 
 
@@ -306,7 +315,7 @@ def quantising(weights: str, dims: ModelDims) -> Recipe:
 def test_the_sizes_are_known_beforehand(tmp_path: Path, checkpoint: Sources, weights: str) -> None:
     """To the byte, for each slab."""
     sources = wide_checkpoint(checkpoint, tmp_path)
-    recipe = quantising(weights, WIDE) if weights in QUANTISED else plain(weights)
+    recipe = quantising(weights, WIDE) if weights in QUANTISED else plain_recipe(weights)
     steps = run(pack(sources, WIDE, tmp_path / "store", recipe))
     store = open_store(tmp_path / "store")
     found = {name: (tmp_path / "store" / slab.file).stat().st_size for name, slab in store.slabs.items()}
@@ -318,7 +327,7 @@ def test_the_sizes_are_known_beforehand(tmp_path: Path, checkpoint: Sources, wei
     assert last.done_bytes == last.total_bytes == sum(found.values())
 
 
-def plain(weights: str) -> Recipe:
+def plain_recipe(weights: str) -> Recipe:
     return Recipe(formats=Formats(weights=weights, text_weights=weights))
 
 
@@ -397,7 +406,8 @@ class Watch:
         self.alive: list[weakref.ref[Tensor]] = []
         self.most = self.total = 0
 
-    def __call__(self, name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+    def __call__(self, name: str, loaded: Loaded) -> Mapping[str, Tensor]:
+        tensor = plain(loaded)
         made = fake_int8(name, tensor)
         self.alive = [reference for reference in self.alive if reference() is not None]
         self.alive += [weakref.ref(value) for value in (tensor, *made.values()) if value is not tensor]
@@ -451,9 +461,9 @@ def test_what_is_packed_is_kept_and_not_read_again(tmp_path: Path, checkpoint: S
     partial = {path.name: path.stat().st_ino for path in (tmp_path / "store.partial").glob("*.safetensors")}
     seen: list[str] = []
 
-    def watched(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+    def watched(name: str, loaded: Loaded) -> Mapping[str, Tensor]:
         seen.append(name)
-        return fake_int8(name, tensor)
+        return fake_int8(name, loaded)
 
     steps = run(pack(checkpoint, TINY, out, replace(INT8, dit=watched)))
     assert len(partial) == 5
@@ -475,7 +485,7 @@ def test_the_checkpoint_is_not_read_for_slabs_that_are_there(
     read: list[str] = []
     original = Opened.read
 
-    def recorded(self: Opened, name: str) -> Tensor:
+    def recorded(self: Opened, name: str) -> Loaded:
         read.append(name)
         return original(self, name)
 

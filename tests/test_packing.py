@@ -6,19 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
-from hvlite import Outputs, Request, generate, open_model
+from hvlite import Outputs, Request, generate, load_profile, open_model
 from hvlite.errors import ExitCode, WeightsError
 from hvlite.events import Finished
-from hvlite.model.dit import Dit
-from hvlite.opened import find_origin
-from hvlite.origin import Checkpoint, Packed
-from hvlite.packing import check_formats, pack_model, stored_formats
+from hvlite.origin import Checkpoint, Packed, find_origin
+from hvlite.packing import check_formats, pack_model
+from hvlite.planning import stored_formats
 from hvlite.video.mp4 import read_frames
-from hvlite.weights.store import open_store
-from tests.test_cli import CLIP, call
+from tests.command_line import call
+from tests.test_cli import CLIP
 
 PROMPT = "a red circle moving left on a black background"
 
@@ -33,7 +31,8 @@ def packed(model: str | Path, out: Path, weights: str | None, text_weights: str 
 
 def clip_of(model: str | Path, folder: Path, *, dynamic: bool = False) -> NDArray[np.uint8]:
     """The frames of one clip."""
-    with open_model(model, dynamic=dynamic) as opened:
+    profile = load_profile("cpu", weights="int8-dynamic" if dynamic else None)
+    with open_model(model, profile) as opened:
         *_, last = generate(Request(PROMPT, seed=3), opened, outputs=Outputs(folder=folder))
     assert isinstance(last, Finished)
     assert last.path is not None
@@ -64,20 +63,7 @@ def test_a_quantised_clip_is_near_the_plain_one(
 
 def test_int8_activations_take_the_same_store(tmp_path: Path) -> None:
     store = packed("shapes", tmp_path / "store", "int8-dynamic", None)
-    with open_model(store, dynamic=True) as model:
-        assert type(model.dit().get_submodule("double_blocks.0.img.fc1")).__name__ == "DynamicInt8Linear"
     assert psnr(clip_of(store, tmp_path, dynamic=True), clip_of(store, tmp_path)) > 22
-
-
-def test_weights_of_a_store_are_the_files_own_bytes_on_a_cpu(tmp_path: Path) -> None:
-    store = packed("shapes", tmp_path / "store", "int8", "int8")
-    with open_model(store) as model:
-        dit = model.dit()
-    assert isinstance(dit, Dit)
-    qweight = dit.get_parameter("single_blocks.0.linear1.qweight")
-    stored = dict(open_store(store).tensors("dit"))["single_blocks.0.linear1.qweight"]
-    assert qweight.dtype == torch.int8
-    assert torch.equal(qweight, stored)
 
 
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:

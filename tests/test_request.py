@@ -36,6 +36,8 @@ from hvlite.request import (
         ({"seed": MAX_SEED + 1}, "seed must be 0 to"),
         ({"template": "poem"}, "template must be video or image"),
         ({"prompt": "a\0b"}, "no NUL"),
+        ({"prompt": "a\ud800b"}, "character 2 is half of one"),
+        ({"negative_prompt": "a\0b"}, "a negative prompt has"),
     ],
 )
 def test_a_wrong_field_is_named_with_both_numbers(fields: dict[str, Any], words: str) -> None:

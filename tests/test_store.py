@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from hvlite.atomic import locked
 from hvlite.dims import HUNYUANVIDEO, HUNYUANVIDEO_DEFAULTS, ModelDims
 from hvlite.errors import Busy
 from hvlite.weights import slab as slabs
@@ -26,7 +27,6 @@ from hvlite.weights.store import (
     Index,
     Store,
     list_stores,
-    locked,
     open_store,
     read_index,
     remove_store,
@@ -115,10 +115,10 @@ def flip(file: Path, position: int, mask: int = 1) -> None:
 
 def read_all(store: Store) -> dict[str, Mapping[str, Tensor]]:
     """Every slab, read into memory of its own."""
-    return {
-        name: store.read_slab_into(name, torch.empty(slab.data_bytes, dtype=torch.uint8))
-        for name, slab in store.slabs.items()
-    }
+    buffers = {name: torch.empty(store.slab_bytes(name), dtype=torch.uint8) for name in store.slabs}
+    for name, buffer in buffers.items():
+        store.read_slab(name, buffer)
+    return {name: store.slab_views(name, buffer) for name, buffer in buffers.items()}
 
 
 def map_all(store: Store) -> dict[str, Mapping[str, Tensor]]:
@@ -208,13 +208,14 @@ def test_a_slab_is_read_into_the_buffer_it_is_given(tmp_path: Path) -> None:
     store = open_store(write_store(tmp_path / "store", {"slab": state}))
     needed = store.slabs["slab"].data_bytes
     buffer = torch.full((needed + 1000,), 7, dtype=torch.uint8)
-    found = store.read_slab_into("slab", buffer)
+    store.read_slab("slab", buffer)
+    found = store.slab_views("slab", buffer)
     assert same(found, state)
     assert bool((buffer[needed:] == 7).all())
     buffer[:needed] = 0
     assert not any(bits(tensor).strip(b"\0") for tensor in found.values())
     with pytest.raises(AssertionError, match=f"needs {needed} bytes"):
-        store.read_slab_into("slab", buffer[: needed - 1])
+        store.read_slab("slab", buffer[: needed - 1])
 
 
 def test_views_of_a_copy_are_the_same_tensors(tmp_path: Path) -> None:
@@ -223,11 +224,11 @@ def test_views_of_a_copy_are_the_same_tensors(tmp_path: Path) -> None:
     store = open_store(write_store(tmp_path / "store", {"slab": state}))
     slab = store.slabs["slab"]
     buffer = torch.empty(slab.data_bytes, dtype=torch.uint8)
-    store.read_slab_into("slab", buffer)
+    store.read_slab("slab", buffer)
     slots = torch.zeros(3 * slab.data_bytes, dtype=torch.uint8)
     slots[slab.data_bytes : 2 * slab.data_bytes].copy_(buffer)
-    assert same(views(slab, slots[slab.data_bytes :]), state)
-    on_meta = views(slab, torch.empty(slab.data_bytes, dtype=torch.uint8, device="meta"))
+    assert same(views(slab.placement, slots[slab.data_bytes :]), state)
+    on_meta = views(slab.placement, torch.empty(slab.data_bytes, dtype=torch.uint8, device="meta"))
     assert {name: tensor.shape for name, tensor in on_meta.items()} == {n: t.shape for n, t in state.items()}
 
 
@@ -242,10 +243,8 @@ def test_writing_to_a_mapped_tensor_changes_no_file(tmp_path: Path) -> None:
 
 def test_names_in_the_model_are_prefix_and_name(tmp_path: Path) -> None:
     store = open_store(write_store(tmp_path / "store", {"block.0": small_state(), "block.1": small_state(5)}))
-    expected = {f"block.0.{name}": tensor for name, tensor in small_state().items()}
-    expected |= {f"block.1.{name}": tensor for name, tensor in small_state(5).items()}
-    assert same(dict(store.tensors("dit")), expected)
-    assert not dict(store.tensors("vae"))
+    for slab, seed_state in (("block.0", small_state()), ("block.1", small_state(5))):
+        assert same(dict(store.tensors(slab)), {f"{slab}.{name}": tensor for name, tensor in seed_state.items()})
 
 
 def test_dims_come_back_exactly(tmp_path: Path) -> None:
@@ -559,6 +558,25 @@ def test_only_what_was_planned_is_written(tmp_path: Path) -> None:
         with pytest.raises(AssertionError):
             write_slab(tmp_path, "slab", placement, state.items())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_the_disk_begins_with_a_large_tensor_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    """A hint, so that it may be refused."""
+    state = {"small": torch.ones(3), "large": torch.randn(1 << 18), "last": torch.ones(2)}
+    sizes = []
+
+    def hinted(handle: int, *_: int) -> None:
+        sizes.append(os.fstat(handle).st_size)
+        if is_refused:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", hinted)
+    slab = write(tmp_path, "slab", state)
+    assert sizes == [slab.data_offset + 256 + (1 << 20)]
+    assert same(slabs.map_slab(tmp_path, slab), state)
 
 
 def test_a_slab_knows_its_own_sizes(tmp_path: Path) -> None:

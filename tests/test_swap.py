@@ -91,11 +91,11 @@ def velocity(dit: Dit, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
     text, pooled = torch.randn(5, 64, generator=generator), torch.randn(24, generator=generator)
     latents = torch.randn(1, 4, SHAPE.frames, SHAPE.height, SHAPE.width, generator=generator)
-    conditioning = dit.prepare_schedule(torch.tensor([700.0]), 6.0, text, pooled)
+    (conditioning,) = dit.prepare_schedule(torch.tensor([700.0]), 6.0, [(text, pooled)])
     work = dit.make_workspace(SHAPE, 5, Activations(token_chunk=64, head_groups=2), dtype)
     x = dit.embed(latents.to(dtype), conditioning.text[0])
     for index in range(len(dit.blocks)):
-        dit.run_block(index, x, conditioning.block(0, index), work)
+        dit.run_block(index, x, conditioning.of_block(index)[0], work)
     return conditioning.double, dit.head(x, conditioning.final[0], SHAPE, 64)
 
 

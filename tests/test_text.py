@@ -21,6 +21,7 @@ from hvlite.dims import HUNYUANVIDEO, ClipDims, LlamaDims
 from hvlite.errors import RequestError, WeightsError
 from hvlite.model.text import (
     TEMPLATES,
+    Encoders,
     PromptTokens,
     TextEncoders,
     TextTemplate,
@@ -28,9 +29,10 @@ from hvlite.model.text import (
     build_llama,
     encode_pooled,
     encode_prompts,
-    encode_text,
+    encode_texts,
+    encode_tokens,
     load_tokenizer,
-    meta_prompt_states,
+    longest_prompt,
     pooled_tokens,
     text_template,
     text_tokens,
@@ -201,7 +203,7 @@ class TestText:
     @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
     def test_equals_the_padded_masked_full_model(self, pair: Pair, prompt: str, template: TextTemplate) -> None:
         tokens = text_tokens(pair.ours.llama_tokenizer, prompt, template)
-        states = encode_text(pair.ours.llama, tokens)
+        states = encode_texts(pair.ours.llama, [tokens])[0]
         expected, mask = padded_llama(pair, prompt, template, tokens.crop)
         assert states.shape == (int(mask.sum()), 32)
         assert_same(states, expected[: len(states)])
@@ -212,7 +214,7 @@ class TestText:
             hidden = pair.llama(torch.tensor([tokens.ids]), output_hidden_states=True).hidden_states
             ours = pair.ours.llama(torch.tensor([tokens.ids])).last_hidden_state
         assert len(hidden) == pair.llama_dims.layers + 1
-        assert torch.equal(encode_text(pair.ours.llama, tokens), hidden[-3][0, tokens.crop :])
+        assert torch.equal(encode_texts(pair.ours.llama, [tokens])[0], hidden[-3][0, tokens.crop :])
         assert torch.equal(ours, hidden[-3])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -370,7 +372,9 @@ class TestPrompts:
         llama = build_llama(HUNYUANVIDEO.llama, torch.bfloat16)
         clip = build_clip(HUNYUANVIDEO.clip, torch.bfloat16)
         for template in TEMPLATES.values():
-            states = meta_prompt_states(llama, clip, template)
+            text, pooled = longest_prompt(clip, template)
+            encoders = Encoders(llama=llama, clip=clip, device=torch.device("meta"))
+            (states,) = encode_tokens([text], [pooled], encoders)
             assert (states.text.shape, states.pooled.shape) == ((256, 4096), (768,))
             assert {states.text.device.type, states.pooled.device.type} == {"meta"}
             assert {states.text.dtype, states.pooled.dtype} == {torch.bfloat16}
@@ -448,6 +452,6 @@ class TestTokenizerFiles:
     def test_encoder_and_tokenizer_that_do_not_belong_together(self, pair: Pair) -> None:
         llama = build_llama(replace(pair.llama_dims, vocabulary=8))
         with pytest.raises(WeightsError, match=r"gives token 8, the encoder has 8 tokens"):
-            encode_text(llama, PromptTokens(ids=(1, 8), crop=1))
+            encode_texts(llama, [PromptTokens(ids=(1, 8), crop=1)])
         with pytest.raises(WeightsError, match=r"needs end token \d+, its tokenizer ends with \(2,\)"):
             encode_pooled(pair.ours.clip, PromptTokens(ids=(1, 2)))

@@ -8,10 +8,13 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hvlite.dims import HUNYUANVIDEO, VaeDims
-from hvlite.model import vae as vae_module
-from hvlite.model.vae import Vae, group_moments, posterior_mode, posterior_sample, split_moments
+from hvlite.model import causal
+from hvlite.model.causal import Moments
+from hvlite.model.vae import Vae, is_for_decode, posterior_mode, posterior_sample, split_moments
 
 # Outputs are of size 1, and both implementations lie up to 2e-5 from what fp64 gives with these weights.
 TOLERANCE = 4e-5
@@ -113,8 +116,8 @@ def test_chunk_sizes_change_rounding_only(
 ) -> None:
     latents, frames = noise(1, 16, 4, 4, 3), noise(1, 3, 13, 16, 24)
     decoded, moments = ours(ONE_LAYER).decode(latents), ours(ONE_LAYER).encode(frames)
-    monkeypatch.setattr(vae_module, "CONV_ELEMENTS_CPU", conv_elements)
-    monkeypatch.setattr(vae_module, "BLOCK_ELEMENTS_CPU", block_elements)
+    monkeypatch.setattr(causal, "CONV_ELEMENTS_CPU", conv_elements)
+    monkeypatch.setattr(causal, "BLOCK_ELEMENTS_CPU", block_elements)
     torch.testing.assert_close(ours(ONE_LAYER).decode(latents), decoded, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(ours(ONE_LAYER).encode(frames), moments, atol=TOLERANCE, rtol=0)
 
@@ -123,14 +126,14 @@ def test_chunk_sizes_change_rounding_only(
 def test_summed_taps_change_rounding_only(monkeypatch: pytest.MonkeyPatch, latent_frames: int) -> None:
     latents = noise(1, 16, latent_frames, 3, 4)
     folded = ours(ONE_LAYER).decode(latents)
-    monkeypatch.setattr(vae_module, "may_sum", lambda weight: False)
+    monkeypatch.setattr(causal, "may_sum", lambda weight: False)
     torch.testing.assert_close(ours(ONE_LAYER).decode(latents), folded, atol=TOLERANCE, rtol=0)
 
 
 def test_onednn_asked_directly_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = noise(1, 16, 3, 3, 4)
     direct = ours(ONE_LAYER).decode(latents)
-    monkeypatch.setattr(vae_module, "_onednn_takes", lambda x: False)
+    monkeypatch.setattr(causal, "_onednn_takes", lambda x: False)
     torch.testing.assert_close(ours(ONE_LAYER).decode(latents), direct, atol=TOLERANCE, rtol=0)
 
 
@@ -154,18 +157,18 @@ def test_half_precision_stays_near_full(dtype: torch.dtype, bound: float, latent
     assert relative_error(moments, model.float().encode(frames.float())) < bound
 
 
-def test_group_moments_hold_where_the_mean_is_a_thousand_deviations() -> None:
+def test_moments_hold_where_the_mean_is_a_thousand_deviations() -> None:
     x_BTHWC = noise(2, 3, 5, 7, 8) * torch.arange(1, 9) + 1000.0 * torch.arange(1, 9)
-    mean, variance = group_moments(x_BTHWC, 4)
+    mean, variance = Moments(x_BTHWC).of_groups(4)
     per_group = x_BTHWC.double().view(2, 3, 5, 7, 4, 2).permute(0, 4, 1, 2, 3, 5).flatten(2)
     torch.testing.assert_close(mean, per_group.mean(2), rtol=1e-7, atol=0)
     torch.testing.assert_close(variance, per_group.var(2, correction=0), rtol=1e-5, atol=0)
 
 
-def test_group_moments_of_one_channel_groups_hold_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_module, "BLOCK_ELEMENTS_CPU", 100)
+def test_moments_of_one_channel_groups_hold_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "BLOCK_ELEMENTS_CPU", 100)
     x_BTHWC = noise(1, 5, 6, 7, 4) + 1000.0
-    mean, variance = group_moments(x_BTHWC, 4)
+    mean, variance = Moments(x_BTHWC).of_groups(4)
     per_channel = x_BTHWC.double().flatten(1, 3)
     torch.testing.assert_close(mean, per_channel.mean(1), rtol=1e-7, atol=0)
     torch.testing.assert_close(variance, per_channel.var(1, correction=0), rtol=1e-5, atol=0)
@@ -182,6 +185,47 @@ def test_published_sizes_on_meta() -> None:
     assert decoded.dtype == torch.float16
     moments = model.encode(torch.empty(1, 3, 5, 64, 96, device="meta"))
     assert moments.shape == (1, 32, 2, 8, 12)
+
+
+class LargestOperand(TorchDispatchMode):
+    """The most elements that any operation reads or writes; views and new memory are none."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+        self.largest_memory = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
+        sizes = [tensor.numel() for tensor in tensors]
+        if is_view or func.name().startswith("aten::new_empty"):
+            self.largest_memory = max(self.largest_memory, *sizes)
+        else:
+            self.elements = max(self.elements, *sizes)
+        return result
+
+
+def test_no_operation_meets_more_elements_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "BLOCK_ELEMENTS", 2**28)  # fewer and larger pieces than usual
+    with torch.device("meta"):
+        model = Vae(HUNYUANVIDEO.vae, encodes=False).half()
+    with LargestOperand() as largest:
+        decoded = model.decode(torch.empty(1, 16, 4, 90, 160, device="meta", dtype=torch.float16))
+    assert decoded.shape == (1, 3, 13, 720, 1280)
+    assert largest.largest_memory > 2**31 > largest.elements
+
+
+def test_a_model_that_only_decodes_has_the_names_it_says() -> None:
+    with torch.device("meta"):
+        whole, part = Vae(ONE_LAYER), Vae(ONE_LAYER, encodes=False)
+    assert set(part.state_dict()) == {name for name in whole.state_dict() if is_for_decode(name)}
+    part = Vae(ONE_LAYER, encodes=False)
+    part.load_state_dict({name: value for name, value in ours(ONE_LAYER).state_dict().items() if is_for_decode(name)})
+    latents = noise(1, 16, 2, 3, 4)
+    assert torch.equal(part.decode(latents), ours(ONE_LAYER).decode(latents))
 
 
 @pytest.mark.parametrize("assign", [True, False])

@@ -1,16 +1,28 @@
-"""Which device a run uses, what it must be able to do, and waiting for it. The only module that asks CUDA anything.
+"""Which device a run uses, what it must be able to do, and in which order. The only module that asks CUDA anything.
 
-`cpu`, `cuda`, `cuda:N` and `meta` (real shapes, no bytes) are all there are.
+`cpu`, `cuda`, `cuda:N` and `meta` (real shapes, no bytes) are all there are. Each has its `Lanes`: memory, copies into
+it, and the marks that order copies and computing. Only here are there CUDA streams and events.
 """
 
+import mmap
+import os
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hvlite.errors import DeviceError
 
 MIN_CAPABILITY = (8, 0)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# cudaHostRegisterPortable: pinned for every CUDA context of the process.
+PORTABLE = 1
 
 
 def choose_device(asked: str | None = None) -> torch.device:
@@ -58,9 +70,20 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+# What CUDA, its libraries and torch's CPU allocator say in errors that have no class of their own.
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: CUDA's and Python's own errors, or torch's CPU allocator, which has no class."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 def unused_card_note() -> str | None:
@@ -89,3 +112,260 @@ def _checked_cuda(device: torch.device) -> torch.device:
     if device.index >= count:
         raise DeviceError(f"device {device} does not exist: this machine has {count} (cuda:0 to cuda:{count - 1})")
     return device
+
+
+# How much memory there is, and how much may be used.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """A card's memory: what could be had now, and all of it."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+def capacity(device: torch.device) -> Capacity | None:
+    """What the driver says; None where there is no card. What torch holds and does not use counts as free."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Capacity(free_bytes=free + unused, total_bytes=total)
+
+
+def cap(device: torch.device, budget_bytes: int | None) -> None:
+    """Let torch's allocator take no more than this of the card, cached memory included; None lifts it."""
+    if device.type != "cuda":
+        return
+    _use_expandable_segments()
+    total = torch.cuda.mem_get_info(device)[1]
+    share = 1.0 if budget_bytes is None else min(1.0, budget_bytes / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def used_peak(device: torch.device) -> int | None:
+    """The most that torch's allocator has taken of the card since `forget_peak`; None where there is no card."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count the peak from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _use_expandable_segments() -> None:
+    """Segments that grow, so that what is freed in pieces is had again in one; a user's own settings stand."""
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    # unsupported where the driver has no virtual memory management; torch then warns and goes on without
+    with suppress(RuntimeError, AttributeError):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+# Memory of the host that copies start from.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinning:
+    """How pages are pinned: `pin` gives the reason if it refuses; `unpin` takes their address."""
+
+    pin: Callable[[Tensor], str | None]
+    unpin: Callable[[int], None]
+
+
+class HostMemory:
+    """uint8 [n] of pages of its own, in exactly the size asked for. `refusal`: why they are not pinned, if asked."""
+
+    def __init__(self, nbytes: int, pinning: Pinning | None = None) -> None:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            self.data = torch.frombuffer(pages, dtype=torch.uint8)
+        self.nbytes = nbytes
+        self.refusal = None if pinning is None else pinning.pin(self.data)
+        self._unpin = None
+        if pinning is not None and self.refusal is None:
+            self._unpin = weakref.finalize(self, pinning.unpin, self.data.data_ptr())
+            self._unpin.atexit = False  # the driver has let go of it by then
+
+    @property
+    def is_pinned(self) -> bool:
+        return self._unpin is not None and self._unpin.alive
+
+    def close(self) -> None:
+        """Unpin; the pages go with the last view of them. Every copy from here must be finished."""
+        if self._unpin is not None:
+            self._unpin()
+        self.data = torch.empty(0, dtype=torch.uint8)
+
+
+def _pin(data: Tensor) -> str | None:
+    """Register the pages with CUDA; its reason if it refuses."""
+    code = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, PORTABLE))
+    if code == 0:
+        return None
+    _discard_error()
+    return f"cudaHostRegister gave error {code}"
+
+
+def _unpin(address: int) -> None:
+    if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+        _discard_error()
+
+
+def _discard_error() -> None:
+    """A failed call leaves its error to be found by this thread's next launch, which has nothing to do with it."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+
+# Lanes.
+
+
+Mark = object
+"""A point in a lane's work; only the lanes that made it can read it."""
+
+
+class Lanes(ABC):
+    """Two lanes of work on a device: copies to it, and computing, which is whatever torch is asked for by the caller.
+
+    Each goes in order, neither waits for the other but where a mark says so, and the host waits for none but in
+    `finish`. `copy` and `finish` may be called from any thread, everything else from the one that computes.
+    """
+
+    has_bytes = True
+    """Whether memory holds anything: on meta there is nothing to read or to copy."""
+    reads_directly = False
+    """Whether device memory is the host's, so that a file is read straight into it."""
+    can_pin = False
+    """Whether copies from pinned host memory are faster than from pageable."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """uint8 [n] on the device, of any content; a copy into it must wait for a mark made afterwards."""
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def free(self, buffer: Tensor) -> None:  # noqa: B027  # the last reference does it; a device of the tests does more
+        """The caller lets go of `buffer`: every copy into it is finished, no more computing with it will be asked."""
+
+    def host_memory(self, nbytes: int, *, pin: bool) -> HostMemory:
+        """Memory to copy from, pinned if asked for and if the device can."""
+        return HostMemory(nbytes)
+
+    @abstractmethod
+    def copy(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        """The copy lane: wait for `after`, then copy host memory to the device. The mark says that it has arrived."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """How far the compute lane will be when it has done all that it was asked for until now."""
+
+    @abstractmethod
+    def wait(self, mark: Mark) -> None:
+        """The compute lane does nothing more before `mark`."""
+
+    @abstractmethod
+    def finish(self, mark: Mark) -> None:
+        """The host waits for `mark`."""
+
+    @abstractmethod
+    def is_done(self, mark: Mark) -> bool:
+        """Whether the device has passed `mark`."""
+
+    @abstractmethod
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """Time from one mark of the compute lane to a later one; both are done."""
+
+
+class CpuLanes(Lanes):
+    """Work is done when torch returns, so a mark is a time."""
+
+    reads_directly = True
+
+    def copy(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        target.copy_(source)
+        return self.mark()
+
+    def mark(self) -> Mark:
+        return time.perf_counter()
+
+    def wait(self, mark: Mark) -> None:
+        pass
+
+    def finish(self, mark: Mark) -> None:
+        pass
+
+    def is_done(self, mark: Mark) -> bool:
+        return True
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        assert isinstance(begin, float)
+        assert isinstance(end, float)
+        return end - begin
+
+
+class MetaLanes(CpuLanes):
+    """Device memory is allocated, without bytes; nothing is ever read or copied."""
+
+    has_bytes = False
+    reads_directly = False
+
+    def copy(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        raise AssertionError("nothing is copied to the meta device")
+
+
+class CudaLanes(Lanes):
+    """A stream for the copies; the compute lane is the current stream of the thread that computes."""
+
+    can_pin = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._copies = torch.cuda.Stream(device)
+
+    def host_memory(self, nbytes: int, *, pin: bool) -> HostMemory:
+        with torch.cuda.device(self.device):
+            return HostMemory(nbytes, Pinning(pin=_pin, unpin=_unpin) if pin else None)
+
+    def copy(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(_event(after))
+            target.copy_(source, non_blocking=True)
+            return self._record(self._copies)
+
+    def mark(self) -> Mark:
+        return self._record(torch.cuda.current_stream(self.device))
+
+    def wait(self, mark: Mark) -> None:
+        torch.cuda.current_stream(self.device).wait_event(_event(mark))
+
+    def finish(self, mark: Mark) -> None:
+        _event(mark).synchronize()
+
+    def is_done(self, mark: Mark) -> bool:
+        return bool(_event(mark).query())
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        return float(_event(begin).elapsed_time(_event(end))) / 1000
+
+    @staticmethod
+    def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # a waiting thread sleeps: the others need the core
+        event.record(stream)
+        return event
+
+
+def _event(mark: Mark) -> torch.cuda.Event:
+    assert isinstance(mark, torch.cuda.Event)
+    return mark
+
+
+def make_lanes(device: torch.device) -> Lanes:
+    """Those of the device."""
+    kinds: dict[str, type[Lanes]] = {"cpu": CpuLanes, "meta": MetaLanes, "cuda": CudaLanes}
+    return kinds[device.type](device)

@@ -91,47 +91,81 @@ class TileStep:
     frames: Tensor | None = None
 
 
+@dataclass(slots=True)
+class Joint:
+    """Where a decode stands after its last whole temporal tile: all that another one needs to go on from there.
+
+    `start` is the latent at which the next temporal tile begins, whatever its geometry; `frames` have left, of `tiles`;
+    `tail` [C,F,H,W] are decoded frames beyond those, into which the next tile fades. Without a tail there is no going
+    on but from the beginning.
+    """
+
+    start: int = 0
+    frames: int = 0
+    tiles: int = 0
+    tail: Tensor | None = None
+
+
 def decode_tiles(
-    latents_BCTHW: Tensor, decode: Callable[[Tensor], Tensor], geometry: TileGeometry = PUBLISHED_TILES
+    latents_BCTHW: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    geometry: TileGeometry = PUBLISHED_TILES,
+    joint: Joint | None = None,
 ) -> Iterator[TileStep]:
     """Decode latents [1,16,T,H,W] tile by tile; the frames of all steps, joined, are the clip's 4T-3.
 
-    `decode` makes [1,3,4t-3,8h,8w] of [1,16,t,h,w]; what it returns is blended in place.
+    `decode` makes [1,3,4t-3,8h,8w] of [1,16,t,h,w]; what it returns is blended in place. With the `joint` of a decode
+    that broke off, by this geometry or another, the frames are those that follow the ones that had left.
     """
     strides = (geometry.frames_stride, geometry.height_stride, geometry.width_stride)
-    return _stitch(latents_BCTHW, decode, geometry.latents, strides)
+    return _stitch(latents_BCTHW, decode, geometry.latents, strides, joint or Joint())
 
 
 def encode_tiles(
     frames_BCTHW: Tensor, encode: Callable[[Tensor], Tensor], geometry: TileGeometry = PUBLISHED_TILES
 ) -> Tensor:
     """Encode frames [1,3,F,H,W] tile by tile -> moments [1,32,T,H/8,W/8], fp32, blended as moments."""
-    import torch
-
     height, width = frames_BCTHW.shape[3:]
     assert height % geometry.spatial_ratio == 0 == width % geometry.spatial_ratio, (height, width)
     time_cut, height_cut, width_cut = geometry.latents
     strides = (time_cut.stride, height_cut.stride, width_cut.stride)
-    steps = _stitch(frames_BCTHW, encode, geometry.pixels, strides)
-    return torch.cat([step.frames for step in steps if step.frames is not None], TIME)[None]
+    steps = _stitch(frames_BCTHW, encode, geometry.pixels, strides, Joint())
+    parts = [step.frames for step in steps if step.frames is not None]
+    moments = parts[0].new_empty(parts[0].shape[0], sum(part.shape[TIME] for part in parts), *parts[0].shape[2:])
+    stop = 0
+    for part in parts:
+        start, stop = stop, stop + part.shape[TIME]
+        moments[:, start:stop] = part
+    return moments[None]
 
 
-def tile_count(shape: LatentShape, geometry: TileGeometry = PUBLISHED_TILES) -> int:
-    """How many times `decode_tiles` calls its function for latents of this shape."""
-    rows, columns = _space_cuts(shape.height, shape.width, geometry.latents)
-    return len(_time_cuts(shape.frames, geometry.latents)) * len(rows) * len(columns)
+def tile_shapes(shape: LatentShape, geometry: TileGeometry = PUBLISHED_TILES) -> list[LatentShape]:
+    """The tiles that `decode_tiles` gives to its function for latents of this shape, one after the other."""
+    times = _lengths(_time_cuts(shape.frames, geometry.latents), shape.frames)
+    rows, columns = space_cuts(shape.height, shape.width, geometry)
+    return [LatentShape(time, row, column) for time in times for row in rows for column in columns]
 
 
-def _time_cuts(frames: int, cuts: Cuts) -> list[slice]:
+def space_cuts(height: int, width: int, geometry: TileGeometry) -> tuple[list[int], list[int]]:
+    """How high the rows of tiles are and how wide the columns, in latents."""
+    rows, columns = _space_cuts(height, width, geometry.latents)
+    return _lengths(rows, height), _lengths(columns, width)
+
+
+def _lengths(cuts: list[slice], whole: int) -> list[int]:
+    return [len(range(whole)[cut]) for cut in cuts]
+
+
+def _time_cuts(frames: int, cuts: Cuts, start: int = 0) -> list[slice]:
     """Tiles hold one frame more than the nominal size: the first of all but the first tile is dropped afterwards.
 
     A tile that would hold that one frame alone adds nothing and is left out.
     """
     tile, stride = cuts[0]
-    if frames <= tile:
+    if start == 0 and frames <= tile:
         return [slice(0, frames)]
-    starts = range(0, frames, stride)
-    return [slice(start, start + tile + 1) for start in starts if start == 0 or start + 1 < frames]
+    begins = range(start, frames, stride)
+    return [slice(begin, begin + tile + 1) for begin in begins if begin == 0 or begin + 1 < frames]
 
 
 def _space_cuts(height: int, width: int, cuts: Cuts) -> tuple[list[slice], list[slice]]:
@@ -146,20 +180,24 @@ def _space_cuts(height: int, width: int, cuts: Cuts) -> tuple[list[slice], list[
 
 
 def _stitch(
-    source: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts, strides: tuple[int, int, int]
+    source: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts, strides: tuple[int, int, int], joint: Joint
 ) -> Iterator[TileStep]:
     """`cuts` are in units of `source` [1,C,T,H,W], `strides` (time, height, width) in units of what `run` returns."""
     assert source.shape[0] == 1, f"one clip at a time, got {source.shape[0]}"
-    times = _time_cuts(source.shape[2], cuts)
-    rows, columns = _space_cuts(source.shape[3], source.shape[4], cuts)
-    tiles, tile = len(times) * len(rows) * len(columns), 0
-    tail: Tensor | None = None
+    assert joint.start == 0 or joint.tail is not None, "without a tail a clip begins at its beginning"
+    times = _time_cuts(source.shape[2], cuts, joint.start)
+    space = _space_cuts(source.shape[3], source.shape[4], cuts)
+    tile, in_space = joint.tiles, len(space[0]) * len(space[1])
+    tiles = tile + len(times) * in_space
     for time in times:
         stride = None if time is times[-1] else strides[0]
-        for whole in _stitch_space(source[:, :, time], run, (rows, columns), cuts, strides):
+        for whole in _stitch_space(source[:, :, time], run, space, cuts, strides):
             frames = None
             if whole is not None:
-                frames, tail = _join(tail, whole, stride)
+                frames, joint.tail = _join(joint.tail, whole, stride)
+                joint.start += cuts[0].stride
+                joint.frames += frames.shape[TIME]
+                joint.tiles += in_space
             yield TileStep(tile, tiles, frames)
             tile += 1
             whole = frames = None  # they are the caller's now: not to be held beside the next ones
@@ -200,6 +238,7 @@ def _stitch_space(
             kept = tile[:, :, :down, :right]
             y, x = row_index * down, index * right
             whole[:, :, y : y + kept.shape[HEIGHT], x : x + kept.shape[WIDTH]] = kept
+    del above, left, tile, kept  # not to be held beside what joining makes
     yield whole
 
 
@@ -207,7 +246,7 @@ def _join(tail: Tensor | None, whole: Tensor, stride: int | None) -> tuple[Tenso
     """(frames that are final, frames that the next temporal tile will touch); all are final without a `stride`."""
     if tail is not None:
         whole = whole[:, 1:]
-        blend(tail, whole, TIME)
+        blend(tail[:, : whole.shape[TIME]], whole, TIME)  # a tail of a longer tile may reach beyond this one
     if stride is None:
         return whole, None
     keep = stride + 1 if tail is None else stride
@@ -223,4 +262,6 @@ def blend(before: Tensor | None, tile: Tensor, axis: int) -> None:
     rising = tile.new_tensor([step / extent for step in range(extent)]).view(shape)
     falling = tile.new_tensor([1 - step / extent for step in range(extent)]).view(shape)
     ending = before.narrow(axis, before.shape[axis] - extent, extent)
-    tile.narrow(axis, 0, extent).mul_(rising).add_(ending * falling)
+    beginning = tile.narrow(axis, 0, extent).mul_(rising)
+    for channel, faded in zip(beginning, ending, strict=True):  # so that no product of the whole overlap is held
+        channel.add_(faded * falling[0])

@@ -4,14 +4,16 @@ It is written to be streamed and to hold little: modulation lives apart from the
 whole schedule first (`prepare_schedule`) and is never needed again; a block changes the joint sequence x
 [S,D] (video first, text after) in place, works in chunks of tokens into the buffers of a `Workspace`,
 applies its fused projections row slice by row slice, and never sees a mask, since text padding is dropped
-before it gets here.
+before it gets here. A chunk and a group of heads leave nothing behind but their results, so that on meta
+tensors one of each, the longest, shows the memory of all.
 
 Nothing here knows where weights come from or on which device they lie; parameters are filled by
 `weights.load`.
 """
 
 # N video tokens  L text tokens  S = N + L  H heads  K head dim  D hidden  T steps
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,14 @@ from hvlite.model.ops import (
     Linear,
     RmsNorm,
     attention,
+    chunks_of,
     gelu_tanh_,
     make_rope,
     modulate,
     rotate_into,
     sinusoid,
-    token_chunks,
 )
+from hvlite.model.visit import Visit, at_hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +73,14 @@ class Conditioning:
     final: Tensor
     text: Tensor
 
-    def block(self, step: int, index: int) -> Tensor:
-        """Vectors of block `index`, counted through both kinds: [2,6,D] or [3,D]."""
+    def of_block(self, index: int) -> Tensor:
+        """Vectors of block `index`, counted through both kinds, at every step: [T,2,6,D] or [T,3,D]."""
         double_blocks = self.double.shape[1]
-        if index < double_blocks:
-            return self.double[step, index]
-        return self.single[step, index - double_blocks]
+        return self.double[:, index] if index < double_blocks else self.single[:, index - double_blocks]
+
+    def to(self, device: torch.device) -> "Conditioning":
+        """The same on another device."""
+        return Conditioning(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +96,22 @@ class QkvPart:
 
     def project(self, x: Tensor, heads: range, work: Workspace) -> None:
         """Fill the buffers' rows of these tokens for `heads`: norm, modulation, projection, QK norm, RoPE."""
+        for chunk in chunks_of(x[self.tokens], work.knobs.token_chunk):
+            self._project_rows(x, slice(self.tokens.start + chunk.start, self.tokens.start + chunk.stop), heads, work)
+
+    def _project_rows(self, x: Tensor, rows: slice, heads: range, work: Workspace) -> None:
         hidden, width = x.shape[-1], work.q.shape[-1]
-        begin, length = heads.start * width, len(heads) * width
-        for chunk in token_chunks(self.tokens.stop - self.tokens.start, work.knobs.token_chunk):
-            rows = slice(self.tokens.start + chunk.start, self.tokens.start + chunk.stop)
-            z = modulate(x[rows], self.shift, self.scale)
-            q, k, v = (
-                self.linear(z, (part * hidden + begin, part * hidden + begin + length)).unflatten(-1, (-1, width))
-                for part in range(3)
-            )
-            rotate_into(work.q[rows], self.q_norm(q), work.cos[rows], work.sin[rows])
-            rotate_into(work.k[rows], self.k_norm(k), work.cos[rows], work.sin[rows])
-            work.v[rows] = v
+        cos, sin = work.cos[rows], work.sin[rows]
+        z = modulate(x[rows], self.shift, self.scale)
+
+        def project_part(part: int) -> Tensor:
+            begin = part * hidden + heads.start * width
+            out: Tensor = self.linear(z, (begin, begin + len(heads) * width))
+            return out.view(len(z), -1, width)
+
+        rotate_into(work.q[rows], self.q_norm(project_part(0)), cos, sin)
+        rotate_into(work.k[rows], self.k_norm(project_part(1)), cos, sin)
+        work.v[rows] = project_part(2)
 
 
 def attend(x: Tensor, parts: tuple[QkvPart, ...], work: Workspace) -> Tensor:
@@ -119,7 +128,7 @@ def attend(x: Tensor, parts: tuple[QkvPart, ...], work: Workspace) -> Tensor:
     if group == heads:
         return attend_group(0).flatten(1)
     attended = x.new_empty(tokens, heads, width)
-    for first in range(0, heads, group):
+    for first in range(0, group if x.is_meta else heads, group):
         attended[:, first : first + group] = attend_group(first)
     return attended.flatten(1)
 
@@ -204,12 +213,14 @@ class Stream(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor, vectors: Tensor, chunk: int) -> None:
         """x += gate1 proj(attended), then x += gate2 MLP(x), by chunks; x, attended [S,D], vectors [6,D]."""
+        for tokens in chunks_of(x, chunk):
+            self._finish_rows(x[tokens], attended[tokens], vectors)
+
+    def _finish_rows(self, x: Tensor, attended: Tensor, vectors: Tensor) -> None:
         gate1, shift2, scale2, gate2 = vectors[2:]
-        for tokens in token_chunks(len(x), chunk):
-            rows = x[tokens]
-            rows += self.attn_proj(attended[tokens]).mul_(gate1)
-            hidden = gelu_tanh_(self.fc1(modulate(rows, shift2, scale2)))
-            rows += self.fc2(hidden).mul_(gate2)
+        x += self.attn_proj(attended).mul_(gate1)
+        hidden = gelu_tanh_(self.fc1(modulate(x, shift2, scale2)))
+        x += self.fc2(hidden).mul_(gate2)
 
 
 class DoubleBlock(nn.Module):
@@ -252,14 +263,15 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, vectors: Tensor, work: Workspace) -> None:
         """Change x [S,D] in place; vectors [3,D]."""
-        shift, scale, gate = vectors
         every = slice(0, len(x))
-        attended = attend(x, (QkvPart(self.linear1, self.q_norm, self.k_norm, every, shift, scale),), work)
-        for tokens in token_chunks(len(x), work.knobs.token_chunk):
-            rows = x[tokens]
-            hidden = gelu_tanh_(self.linear1(modulate(rows, shift, scale), self.mlp_rows))
-            out = self.linear2_mlp.add_to(hidden, self.linear2_attn(attended[tokens]))
-            rows += out.mul_(gate)
+        attended = attend(x, (QkvPart(self.linear1, self.q_norm, self.k_norm, every, vectors[0], vectors[1]),), work)
+        for tokens in chunks_of(x, work.knobs.token_chunk):
+            self._finish_rows(x[tokens], attended[tokens], vectors)
+
+    def _finish_rows(self, x: Tensor, attended: Tensor, vectors: Tensor) -> None:
+        shift, scale, gate = vectors
+        hidden = gelu_tanh_(self.linear1(modulate(x, shift, scale), self.mlp_rows))
+        x += self.linear2_mlp.add_to(hidden, self.linear2_attn(attended)).mul_(gate)
 
 
 class Dit(nn.Module):
@@ -286,28 +298,56 @@ class Dit(nn.Module):
         """Double blocks, then single blocks, in the order in which a step visits them."""
         return [*self.double_blocks, *self.single_blocks]
 
+    @property
+    def modulations(self) -> list[nn.Module]:
+        """What gives each of `blocks` its vectors, in the same order."""
+        return [*self.double_mods, *self.single_mods]
+
     @torch.no_grad()
     def prepare_schedule(
-        self, timesteps: Tensor, guidance: float, text: Tensor, pooled: Tensor, backend: str = "sdpa"
-    ) -> Conditioning:
-        """Everything of every step that does not depend on the latents.
+        self,
+        timesteps: Tensor,
+        guidance: float,
+        prompts: Sequence[tuple[Tensor, Tensor]],
+        backend: str = "sdpa",
+        visit: Visit = at_hand,
+    ) -> list[Conditioning]:
+        """Everything of every step that does not depend on the latents, for each prompt.
 
-        timesteps [T] fp32 (1000 sigma); guidance as asked (6.0); text [L,text_width]; pooled [pooled_width].
-        One timestep at a time, so that a vector has the same bits whichever other steps are computed.
+        timesteps [T] fp32 (1000 sigma); guidance as asked (6.0); a prompt is its text [L,text_width] and pooled
+        [pooled_width]. Modulation i is touched within `visit(i)` only, once for all steps and prompts. One timestep at
+        a time, so that a vector has the same bits whichever others are computed.
         """
-        rows = [self._prepare_step(step, guidance, text, pooled, backend) for step in timesteps.split(1)]
-        return Conditioning(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        started = [self._start(timesteps, guidance, *prompt, backend) for prompt in prompts]
+        for index, modulation in enumerate(self.modulations):
+            with visit(index):
+                for vectors, conditioning in started:
+                    of_block = conditioning.of_block(index)
+                    for step, vector in enumerate(vectors):
+                        of_block[step] = modulation(vector).view(of_block.shape[1:])
+        return [conditioning for _, conditioning in started]
 
-    def _prepare_step(
-        self, timestep: Tensor, guidance: float, text: Tensor, pooled: Tensor, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """timestep [1] -> this step's double [blocks,2,6,D], single [blocks,3,D], final [2,D], text [L,D]."""
-        vector = F.silu(self._condition(timestep, guidance, pooled))
-        double = [mods(vector) for mods in self.double_mods]
-        single = [mod(vector).view(3, -1) for mod in self.single_mods]
-        final = self.final_mod(vector).view(2, -1)
-        refined = self.txt_in(timestep, text, backend)
-        return torch.stack(double), torch.stack(single), final, refined
+    def _start(
+        self, timesteps: Tensor, guidance: float, text: Tensor, pooled: Tensor, backend: str
+    ) -> tuple[list[Tensor], Conditioning]:
+        """silu(vec) [1,D] of every step, and all that comes of it but the blocks' vectors, whose places are empty.
+
+        On meta the first step stands for all.
+        """
+        dims, count = self.dims, len(timesteps)
+        steps = timesteps.split(1)[:1] if timesteps.is_meta else timesteps.split(1)
+        vectors = [F.silu(self._condition(step, guidance, pooled)) for step in steps]
+        empty = vectors[0].new_empty
+        conditioning = Conditioning(
+            double=empty(count, dims.double_blocks, 2, 6, dims.hidden),
+            single=empty(count, dims.single_blocks, 3, dims.hidden),
+            final=empty(count, 2, dims.hidden),
+            text=empty(count, len(text), dims.hidden),
+        )
+        for step, (timestep, vector) in enumerate(zip(steps, vectors, strict=True)):
+            conditioning.final[step] = self.final_mod(vector).view(2, -1)
+            conditioning.text[step] = self.txt_in(timestep, text, backend)
+        return vectors, conditioning
 
     def _condition(self, timestep: Tensor, guidance: float, pooled: Tensor) -> Tensor:
         """time + pooled, then + guidance: [1,D] (spec 1.4)."""
@@ -346,7 +386,7 @@ class Dit(nn.Module):
         shift, scale = final
         tokens = shape.tokens
         out = torch.empty(tokens, self.dims.patch_features, dtype=x.dtype, device=x.device)
-        for rows in token_chunks(tokens, chunk):
+        for rows in chunks_of(out, chunk):
             out[rows] = self.final_linear(modulate(x[rows], shift, scale))
         return unpatchify(out, shape, self.dims)
 

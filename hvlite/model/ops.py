@@ -133,6 +133,12 @@ def token_chunks(tokens: int, chunk: int) -> list[slice]:
     return [slice(begin, end) for begin, end in zip(starts, [*starts[1:], tokens], strict=True)]
 
 
+def chunks_of(x: Tensor, chunk: int) -> list[slice]:
+    """The `token_chunks` of x [S,...]; on meta the longest alone, since what it takes all others fit into."""
+    chunks = token_chunks(len(x), chunk)
+    return [max(chunks, key=lambda part: part.stop - part.start)] if x.is_meta else chunks
+
+
 def choose_attention(device_type: str, asked: str | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
     """The back end: `asked`, else flash-attn where it is installed on CUDA and takes `dtype`, else SDPA."""
     if asked is not None and asked not in ATTENTION_BACKENDS:

@@ -28,6 +28,7 @@ from transformers import (
 from hvlite.dims import ClipDims, LlamaDims
 from hvlite.errors import RequestError, WeightsError
 from hvlite.events import Note
+from hvlite.model.visit import Visit, at_hand
 
 TEXT_TOKENS = 256
 # Configs written before 2023 hold this instead of CLIP's end token; transformers then takes the highest id.
@@ -103,14 +104,20 @@ class PromptStates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextEncoders:
-    """Both encoders with their tokenizers. `device` is where token ids go; None: where the embeddings lie."""
+class Encoders:
+    """Both encoders. `device` is where Llama's layers lie; None: where its table of embeddings does."""
 
     llama: LlamaModel
-    llama_tokenizer: PreTrainedTokenizerFast
     clip: CLIPTextModel
-    clip_tokenizer: PreTrainedTokenizerFast
     device: torch.device | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders(Encoders):
+    """Both encoders with their tokenizers."""
+
+    llama_tokenizer: PreTrainedTokenizerFast
+    clip_tokenizer: PreTrainedTokenizerFast
 
 
 def build_llama(dims: LlamaDims, dtype: torch.dtype = torch.float32) -> LlamaModel:
@@ -279,24 +286,29 @@ def _notes(
 
 
 @torch.no_grad()
-def encode_text(llama: LlamaModel, tokens: PromptTokens, device: torch.device | None = None) -> Tensor:
-    """States [l,width] of the prompt's own tokens, in the weights' dtype.
+def encode_texts(
+    llama: LlamaModel, prompts: Sequence[PromptTokens], device: torch.device | None = None, visit: Visit = at_hand
+) -> list[Tensor]:
+    """States [l,width] of each prompt's own tokens, in the weights' dtype, on `device` (None: where the table lies).
 
-    The layers are walked here, not by `llama(...)`: its mask code reads values, which meta tensors have not.
+    All prompts pass layer i within `visit(i)`, each by itself, so that no bit depends on which others are asked for.
+    The table of embeddings may lie elsewhere than the layers: only the prompts' rows travel. The layers are walked
+    here, not by `llama(...)`: its mask code reads values, which meta tensors have not.
     """
     # Without a mask sdpa is causal, but transformers' eager attention would see every token.
     assert llama.config._attn_implementation == "sdpa"
-    ids = _id_tensor(tokens, llama.embed_tokens, device)
-    x = llama.embed_tokens(ids)
-    rotary = llama.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
-    for layer in llama.layers:
-        x = layer(x, position_embeddings=rotary)
-    states: Tensor = x[0, tokens.crop :].clone()
-    return states
+    states = [llama.embed_tokens(_id_tensor(tokens, llama.embed_tokens)).to(device) for tokens in prompts]
+    rotary = [llama.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None]) for x in states]
+    for index, layer in enumerate(llama.layers):
+        with visit(index):
+            for prompt, x in enumerate(states):
+                states[prompt] = layer(x, position_embeddings=rotary[prompt])
+                del x  # or it would be held beside the next one
+    return [x[0, tokens.crop :].clone() for x, tokens in zip(states, prompts, strict=True)]
 
 
 @torch.no_grad()
-def encode_pooled(clip: CLIPTextModel, tokens: PromptTokens, device: torch.device | None = None) -> Tensor:
+def encode_pooled(clip: CLIPTextModel, tokens: PromptTokens) -> Tensor:
     """The final layer norm's output [P] at the first end token, not projected."""
     eos = clip.config.eos_token_id
     if eos != LEGACY_EOS and eos not in tokens.ids:
@@ -304,44 +316,50 @@ def encode_pooled(clip: CLIPTextModel, tokens: PromptTokens, device: torch.devic
             f"the pooled text encoder needs end token {eos}, its tokenizer ends with {tokens.ids[-1:]}: "
             "they do not belong together. Use the tokenizer that came with the encoder."
         )
-    ids = _id_tensor(tokens, clip.embeddings.token_embedding, device)
+    ids = _id_tensor(tokens, clip.embeddings.token_embedding)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     pooled: Tensor = clip(input_ids=ids, position_ids=positions).pooler_output[0]
     return pooled
 
 
-def _id_tensor(tokens: PromptTokens, embedding: nn.Embedding, device: torch.device | None) -> Tensor:
+def _id_tensor(tokens: PromptTokens, embedding: nn.Embedding) -> Tensor:
     highest = max(tokens.ids)
     if highest >= embedding.num_embeddings:
         raise WeightsError(
             f"the tokenizer gives token {highest}, the encoder has {embedding.num_embeddings} tokens: "
             "they do not belong together. Use the tokenizer that came with the encoder."
         )
-    return torch.tensor([tokens.ids], device=device or embedding.weight.device)
+    return torch.tensor([tokens.ids], device=embedding.weight.device)
 
 
-def encode_prompts(prompts: Sequence[str], encoders: TextEncoders, template: TextTemplate) -> list[PromptStates]:
-    """The states of each prompt, each encoded alone, so that no bit depends on which others are asked for."""
+def encode_prompts(
+    prompts: Sequence[str], encoders: TextEncoders, template: TextTemplate, visit: Visit = at_hand
+) -> list[PromptStates]:
+    """The states of each prompt; every layer is visited once for all of them."""
     assert not isinstance(prompts, str)
-    states = {prompt: _encode_prompt(prompt, encoders, template) for prompt in dict.fromkeys(prompts)}
+    different = list(dict.fromkeys(prompts))
+    positions = encoders.clip.config.max_position_embeddings
+    text = [text_tokens(encoders.llama_tokenizer, prompt, template) for prompt in different]
+    pooled = [pooled_tokens(encoders.clip_tokenizer, prompt, positions) for prompt in different]
+    states = dict(zip(different, encode_tokens(text, pooled, encoders, visit), strict=True))
     return [states[prompt] for prompt in prompts]
 
 
-def _encode_prompt(prompt: str, encoders: TextEncoders, template: TextTemplate) -> PromptStates:
-    text = text_tokens(encoders.llama_tokenizer, prompt, template)
-    pooled = pooled_tokens(encoders.clip_tokenizer, prompt, encoders.clip.config.max_position_embeddings)
-    return PromptStates(
-        text=encode_text(encoders.llama, text, encoders.device),
-        pooled=encode_pooled(encoders.clip, pooled, encoders.device),
-        notes=(*text.notes, *pooled.notes),
-    )
+def encode_tokens(
+    text: Sequence[PromptTokens], pooled: Sequence[PromptTokens], encoders: Encoders, visit: Visit = at_hand
+) -> list[PromptStates]:
+    """The states of prompts that are tokens already, first the pooled ones."""
+    vectors = [encode_pooled(encoders.clip, tokens) for tokens in pooled]
+    states = encode_texts(encoders.llama, text, encoders.device, visit)
+    return [
+        PromptStates(text=state, pooled=vector, notes=(*long.notes, *short.notes))
+        for state, vector, long, short in zip(states, vectors, text, pooled, strict=True)
+    ]
 
 
-def meta_prompt_states(llama: LlamaModel, clip: CLIPTextModel, template: TextTemplate) -> PromptStates:
-    """Run the encoders on the longest prompt of the published tokenizers, without any tokenizer, on meta."""
-    device = torch.device("meta")
+def longest_prompt(clip: CLIPTextModel, template: TextTemplate) -> tuple[PromptTokens, PromptTokens]:
+    """The longest prompt of the published tokenizers as both encoders read it, without any tokenizer."""
     text = PromptTokens(ids=(0,) * (template.published_crop + TEXT_TOKENS), crop=template.published_crop)
     eos = clip.config.eos_token_id
     assert isinstance(eos, int)
-    pooled = PromptTokens(ids=(0,) * (clip.config.max_position_embeddings - 1) + (eos,))
-    return PromptStates(text=encode_text(llama, text, device), pooled=encode_pooled(clip, pooled, device))
+    return text, PromptTokens(ids=(0,) * (clip.config.max_position_embeddings - 1) + (eos,))

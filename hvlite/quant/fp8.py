@@ -14,11 +14,13 @@ LARGEST = torch.finfo(E4M3).max
 TINY = torch.finfo(torch.bfloat16).tiny
 
 
-def adopt_fp8(weight: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
-    """An e4m3 weight [out,in] as it is, with its scale (one number; None: a plain cast, scale 1)."""
+def adopt_fp8(weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """An e4m3 weight [out,in] as it is, with its scale (one number; 1 for a plain cast)."""
     assert weight.dtype == E4M3, f"an e4m3 weight can be adopted, this one is {weight.dtype}"
-    given = torch.ones(1) if scale is None else scale.float().reshape(1)
-    return {"qweight": weight.contiguous(), "scale": given.to(weight.device)}
+    given = scale.float().reshape(1)
+    for rows in row_chunks(0, len(weight), weight.shape[1], weight.device):
+        largest_magnitude(weight[rows].bfloat16().mul_(given.bfloat16()))  # for its refusal of what is not finite
+    return {"qweight": weight.contiguous(), "scale": given}
 
 
 def quantise_fp8(weight: Tensor) -> dict[str, Tensor]:
@@ -40,6 +42,7 @@ def quantise_fp8(weight: Tensor) -> dict[str, Tensor]:
 class Fp8Linear(QuantisedLinear):
     """A Linear that holds qweight e4m3 [out,in] and scale fp32 [1]."""
 
+    qweight: nn.Parameter
     scale: nn.Parameter
 
     @staticmethod

@@ -46,6 +46,7 @@ def quantise_int8(weight: Tensor) -> dict[str, Tensor]:
 class Int8Linear(QuantisedLinear):
     """A Linear that holds qweight int8 [out,in] and scales fp32 [out]; W = qweight scales, rounded once."""
 
+    qweight: nn.Parameter
     scales: nn.Parameter
 
     @staticmethod

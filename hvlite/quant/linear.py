@@ -53,15 +53,14 @@ class Scratch:
 
 
 class QuantisedLinear(nn.Module, ABC):
-    """y = x W^T + b with W [out,in] in few bits; `rows` applies only the output features [start, stop)."""
+    """y = x W^T + b with W [out,in] in another form than the product's; `rows`: only those output features."""
 
-    qweight: nn.Parameter
     bias: nn.Parameter | None
 
     @staticmethod
     @abstractmethod
     def layout(in_features: int, out_features: int) -> Layout:
-        """The tensors that hold W, `qweight` among them."""
+        """The tensors that hold W."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, scratch: Scratch | None = None
@@ -82,7 +81,7 @@ class QuantisedLinear(nn.Module, ABC):
     def dequantise(self, rows: tuple[int, int] | None = None) -> Tensor:
         """Those rows of W in scratch: good until the next weight is dequantised in this thread."""
         start, stop = self._bounds(rows)
-        out = self.scratch.take(stop - start, self.in_features, self.dtype, self.qweight.device)
+        out = self.scratch.take(stop - start, self.in_features, self.dtype, next(self.parameters()).device)
         self.write_rows(out, start, stop)
         return out
 
@@ -95,8 +94,10 @@ class QuantisedLinear(nn.Module, ABC):
         return out.addmm_(x.to(self.dtype), self.dequantise().t())
 
     def bias_rows(self, rows: tuple[int, int] | None) -> Tensor | None:
-        """The bias of those output features."""
-        return self.bias if self.bias is None or rows is None else self.bias[slice(*rows)]
+        """The bias of those output features, in the product's dtype, whichever it is stored in."""
+        if self.bias is None:
+            return None
+        return (self.bias if rows is None else self.bias[slice(*rows)]).to(self.dtype)
 
     def _bounds(self, rows: tuple[int, int] | None) -> tuple[int, int]:
         start, stop = (0, self.out_features) if rows is None else rows

@@ -91,6 +91,7 @@ def quantise_nf4_double(weight: Tensor) -> dict[str, Tensor]:
 class Nf4Linear(QuantisedLinear):
     """A Linear that holds qweight uint8 [out,in/2], two weights a byte, and absmax fp32 [out,in/64]."""
 
+    qweight: nn.Parameter
     absmax: nn.Parameter
 
     @staticmethod

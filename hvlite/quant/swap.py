@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hvlite.quant.fp8 import Fp8Linear, quantise_fp8
+from hvlite.quant.fp8 import E4M3, Fp8Linear, adopt_fp8, quantise_fp8
 from hvlite.quant.int8 import DynamicInt8Linear, Int8Linear, quantise_int8
 from hvlite.quant.linear import QuantisedLinear, Scratch
 from hvlite.quant.nf4 import GROUP, DoubleNf4Linear, Nf4Linear, quantise_nf4, quantise_nf4_double
+from hvlite.quant.plain import Bf16Linear, Fp16Linear, Fp32Linear
 
 # Module name, with all that is below it, and why. The published fp8 set leaves the same ones in bf16 (spec 2.4).
 LEFT_ALONE = {
@@ -46,9 +47,13 @@ FORMATS = {
 }
 
 
+# Plain weights whose dtype is not the product's.
+PLAIN: Mapping[str, type[QuantisedLinear]] = {"bf16": Bf16Linear, "fp16": Fp16Linear, "fp32": Fp32Linear}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapPlan:
-    """The modules that become Linears of `weights` (a key of FORMATS), and those that do not, each with the reason."""
+    """The modules that become Linears of `weights` (of FORMATS or PLAIN), and those that do not, with the reasons."""
 
     weights: str
     replaced: tuple[str, ...]
@@ -63,6 +68,17 @@ class SwapPlan:
         for part, value in FORMATS[self.weights].quantise(tensor).items():
             yield f"{module}.{part}", value
 
+    def adopts(self, name: str, weight: Tensor) -> bool:
+        """Whether the swapped module holds this published fp8 tensor as it is; e5m2 it cannot."""
+        module, _, leaf = name.rpartition(".")
+        return self.weights == "fp8" and leaf == "weight" and module in self.replaced and weight.dtype == E4M3
+
+    def adopted(self, name: str, weight: Tensor, scale: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, for a weight that `adopts` is true of, and its scale [1]."""
+        module = name.rpartition(".")[0]
+        for part, value in adopt_fp8(weight, scale).items():
+            yield f"{module}.{part}", value
+
 
 def plan_swap(module: nn.Module, weights: str) -> SwapPlan:
     """Every module with a matrix of its own below `module`, sorted into replaced and left."""
@@ -72,7 +88,7 @@ def plan_swap(module: nn.Module, weights: str) -> SwapPlan:
         weight = child._parameters.get("weight")
         if weight is None or weight.dim() != 2:
             continue
-        reason = _reason_to_leave(name, child, weight, FORMATS[weights])
+        reason = _reason_to_leave(name, child, weight, FORMATS[weights].group if weights in FORMATS else 1)
         if reason is None:
             replaced.append(name)
         else:
@@ -85,25 +101,24 @@ def swap(module: nn.Module, weights: str, scratch: Scratch | None = None) -> Swa
     plan = plan_swap(module, weights)
     assert "" not in plan.replaced, "a Linear cannot replace itself; give the module that holds it"
     scratch = Scratch() if scratch is None else scratch
+    linear = FORMATS[weights].linear if weights in FORMATS else PLAIN[weights]
     for name in plan.replaced:
         parent, _, leaf = name.rpartition(".")
         old = module.get_submodule(name)
         weight = old.get_parameter("weight")
         out_features, in_features = weight.shape
         with weight.device:
-            new = FORMATS[weights].linear(
-                in_features, out_features, bias=old.bias is not None, dtype=weight.dtype, scratch=scratch
-            )
+            new = linear(in_features, out_features, bias=old.bias is not None, dtype=weight.dtype, scratch=scratch)
         setattr(module.get_submodule(parent), leaf, new.train(old.training))
     return plan
 
 
-def _reason_to_leave(name: str, child: nn.Module, weight: nn.Parameter, kind: Format) -> str | None:
+def _reason_to_leave(name: str, child: nn.Module, weight: nn.Parameter, group: int) -> str | None:
     for part, reason in LEFT_ALONE.items():
         if name == part or name.startswith(f"{part}."):
             return reason
     if not hasattr(child, "bias"):
         return f"{type(child).__name__} does not multiply by its weight"
-    if weight.shape[1] % kind.group:
-        return f"its {weight.shape[1]} input features are no multiple of the group of {kind.group}"
+    if weight.shape[1] % group:
+        return f"its {weight.shape[1]} input features are no multiple of the group of {group}"
     return None

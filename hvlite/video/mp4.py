@@ -1,4 +1,4 @@
-"""Frames -> mp4, one at a time, and mp4 -> frames. The only module that knows PyAV.
+"""Frames -> mp4, one at a time, and mp4 -> frames; a frame -> JPEG. The only module that knows PyAV.
 
 A file holds H.264 in yuv420p with the index in front (faststart), BT.709 in limited range and tagged so, the
 prompt as `title` and a JSON text as `comment`. Equal frames and texts give equal bytes, however many cores a
@@ -8,6 +8,7 @@ machine has: that is what THREADS, X264, MUXER and the BITEXACT flags are for. N
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -40,6 +41,8 @@ THREADS = 1
 X264 = "mbtree=0:cpu-independent=1"
 # bitexact leaves the muxer's version out, so that a file depends on its frames and texts alone.
 MUXER = {"movflags": "faststart", "fflags": "bitexact"}
+# FFmpeg's own scale for JPEG, 2 (best) to 31.
+JPEG_QUALITY = {"qmin": "4", "qmax": "4"}
 # Chroma is the mean of 2x2 pixels: longer kernels ring at the hard edges of flat shapes.
 TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.BITEXACT
 TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
@@ -94,10 +97,38 @@ def read_frames(path: Path) -> Iterator[Frame]:
     reformatter = VideoReformatter()
     with _opened(path) as container:
         for frame in container.decode(video=0):
-            rgb = reformatter.reformat(
-                frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=TO_RGB, threads=1
-            )
-            yield np.asarray(rgb.to_ndarray(), np.uint8)
+            yield _as_rgb(frame, reformatter)
+
+
+def read_some(path: Path, count: int) -> list[Frame]:
+    """Up to `count` frames from the first to the last; the rest is decoded, not converted. Else as `read_frames`."""
+    reformatter = VideoReformatter()
+    with _opened(path) as container:
+        last = container.streams.video[0].frames - 1
+        picked = set(np.linspace(0, last, count).round().astype(int).tolist())
+        return [_as_rgb(each, reformatter) for index, each in enumerate(container.decode(video=0)) if index in picked]
+
+
+def jpeg_bytes(frame: FrameLike) -> bytes:
+    """`frame`, of any size, as a whole JPEG file."""
+    pixels = as_frame(frame)
+    encoder = av.CodecContext.create("mjpeg", "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.height, encoder.width = pixels.shape[:2]
+    encoder.pix_fmt, encoder.color_range, encoder.time_base = "yuv420p", ColorRange.JPEG, Fraction(1, FPS)
+    encoder.options = JPEG_QUALITY
+    encoder.thread_count = THREADS
+    picture = VideoReformatter().reformat(
+        av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+        format="yuv420p",
+        src_color_range=ColorRange.JPEG,
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=TO_YUV,
+        threads=1,
+    )
+    picture.pts = 0
+    return b"".join(bytes(packet) for part in (picture, None) for packet in encoder.encode(part))
 
 
 def read_metadata(path: Path) -> str:
@@ -168,6 +199,11 @@ class _Encoder:
         codec.colorspace = Colorspace.ITU709
         codec.color_primaries = ColorPrimaries.BT709
         codec.color_trc = ColorTrc.BT709
+
+
+def _as_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frame:
+    rgb = reformatter.reformat(frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=TO_RGB, threads=1)
+    return np.asarray(rgb.to_ndarray(), np.uint8)
 
 
 def _storable(text: str) -> str:

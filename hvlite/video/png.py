@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,17 +21,22 @@ MAX_TEXT_BYTES = 16 * 2**20
 
 def write_png(path: Path, frame: FrameLike, *, metadata: str, title: str) -> None:
     """`frame` as a new file `path`, which must not exist; `metadata` is a JSON text. Raises OutputError."""
+    whole = png_bytes(frame, {TITLE: title, COMMENT: metadata})
+    with new_file(path) as temporary, explained(path):
+        temporary.write_bytes(whole)
+
+
+def png_bytes(frame: FrameLike, texts: Mapping[str, str]) -> bytes:
+    """A whole PNG file; `texts` by keyword (Latin letters)."""
     pixels = as_frame(frame)
     height, width = pixels.shape[:2]
     chunks = (
         _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        _chunk(b"iTXt", _text(TITLE, title)),
-        _chunk(b"iTXt", _text(COMMENT, metadata)),
+        *(_chunk(b"iTXt", _text(keyword, text)) for keyword, text in texts.items()),
         _chunk(b"IDAT", zlib.compress(_filtered(pixels), 6)),
         _chunk(b"IEND", b""),
     )
-    with new_file(path) as temporary, explained(path):
-        temporary.write_bytes(SIGNATURE + b"".join(chunks))
+    return SIGNATURE + b"".join(chunks)
 
 
 def read_png_comment(path: Path) -> str | None:

@@ -7,15 +7,17 @@ which runs no code of its and loads no tensor. Whatever is wrong with a file end
 
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import TypeGuard, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,21 +74,30 @@ class Stored:
     offset: int
     stride: tuple[int, ...] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """What lies in the file from its first element to its last."""
+        return _span(self.shape, self.stride) * self.dtype.itemsize
+
+    def announce(self) -> None:
+        """Tell the system that it is read next, so that the disk works while something else is computed."""
+        with opened_file(self.file) as file, suppress(OSError):  # only a hint
+            os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        count = _span(self.shape, self.stride)
-        if count == 0:
+        if self.nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        buffer = bytearray(count * self.dtype.itemsize)
+        buffer = np.empty(self.nbytes, np.uint8)
         with opened_file(self.file) as file:
             file.seek(self.offset)
-            found = file.readinto(buffer)
+            found = file.readinto(buffer.data)
         if found != len(buffer):
             raise WeightsError(
                 f"{self.file}: ends {len(buffer) - found} bytes inside tensor {quoted(self.name)}; "
                 "the file was cut while hvlite read it"
             )
-        flat = torch.frombuffer(buffer, dtype=self.dtype)
+        flat = torch.from_numpy(buffer).view(self.dtype)
         if self.stride is None:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride).contiguous()

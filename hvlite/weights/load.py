@@ -2,7 +2,8 @@
 
 Each `*_tensors` holds the whole file against the tables first, from headers only: every key is known, every parameter
 is there once and has its shape, or a WeightsError says which is not. Then the tensors come one by one, in the dtype of
-the file; fp8 comes dequantised to bf16. What becomes of them is up to the transform that `fill` is given.
+the file; fp8 comes dequantised to bf16. What becomes of them is up to the transform that `fill` is given. From
+`published_*` fp8 comes with its scale, as it lies in the file, for whoever stores it that way.
 
 `wanted`, asked for the name of each of our tensors, spares reading the others; the whole file is checked all the same.
 """
@@ -28,33 +29,44 @@ from hvlite.weights.keymap import (
     unused_llama_names,
     vae_rules,
 )
-from hvlite.weights.parts import Opened, open_part
+from hvlite.weights.parts import Fp8Weight, Loaded, Opened, open_part, plain
 
 Tensors = Iterator[tuple[str, Tensor]]
+Published = Iterator[tuple[str, Loaded]]
 Transform = Callable[[str, Tensor], Tensor]
 Wanted = Callable[[str], bool]
 
 
 def dit_tensors(source: Path, dims: DitDims, load_key: str = "module", wanted: Wanted | None = None) -> Tensors:
     """The transformer from any published layout (spec 2.1 to 2.5)."""
+    return _plain(published_dit(source, dims, load_key, wanted))
+
+
+def published_dit(source: Path, dims: DitDims, load_key: str = "module", wanted: Wanted | None = None) -> Published:
+    """As `dit_tensors`, with fp8 as it lies in the file."""
     opened = open_part(DIT, source, load_key)
     return _read(opened, list(dit_rules(dims, opened.layout)), wanted)
+
+
+def llama_tensors(source: Path, dims: LlamaDims, wanted: Wanted | None = None) -> Tensors:
+    """The embedding and the layers in use from any of the language model's layouts (spec 4.1)."""
+    return _plain(published_llama(source, dims, wanted))
+
+
+def published_llama(source: Path, dims: LlamaDims, wanted: Wanted | None = None) -> Published:
+    """As `llama_tensors`, with fp8 as it lies in the file."""
+    return _read(open_part(LLAMA, source), list(llama_rules(dims)), wanted, unused_llama_names(dims))
 
 
 def vae_tensors(source: Path, dims: VaeDims, wanted: Wanted | None = None) -> Tensors:
     """The VAE from either layout (spec 3.4)."""
     opened = open_part(VAE, source)
-    return _read(opened, list(vae_rules(dims, opened.layout)), wanted)
-
-
-def llama_tensors(source: Path, dims: LlamaDims, wanted: Wanted | None = None) -> Tensors:
-    """The embedding and the layers in use from any of the language model's layouts (spec 4.1)."""
-    return _read(open_part(LLAMA, source), list(llama_rules(dims)), wanted, unused_llama_names(dims))
+    return _plain(_read(opened, list(vae_rules(dims, opened.layout)), wanted))
 
 
 def clip_tensors(source: Path, dims: ClipDims, wanted: Wanted | None = None) -> Tensors:
     """The CLIP text tower, whether or not the file holds the image tower too (spec 4.2)."""
-    return _read(open_part(CLIP, source), list(clip_rules(dims)), wanted)
+    return _plain(_read(open_part(CLIP, source), list(clip_rules(dims)), wanted))
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], transform: Transform | None = None) -> None:
@@ -63,6 +75,20 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], transform: Tr
     Shapes are compared before the transform, which may change them. A parameter keeps the memory format of its
     place and comes out without gradients.
     """
+    waiting = fill_some(module, tensors, transform)
+    if waiting:
+        name, place = next(iter(waiting.items()))
+        every = len(module.state_dict())
+        raise WeightsError(
+            f"{len(waiting)} of {every} parameters of {type(module).__name__} were not filled, "
+            f"among them {quoted(name)} of shape {list(place.shape)}"
+        )
+
+
+def fill_some(
+    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], transform: Transform | None = None
+) -> dict[str, Tensor]:
+    """As `fill`, for a part of the module; returns the places that were not filled."""
     waiting = dict(module.state_dict(keep_vars=True))
     filled: set[str] = set()
     for name, tensor in tensors:
@@ -75,12 +101,7 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], transform: Tr
         _put(module, name, place, tensor if transform is None else transform(name, tensor))
         filled.add(name)
         del tensor, place  # or two of them would be held while the next one is read
-    if waiting:
-        name, place = next(iter(waiting.items()))
-        raise WeightsError(
-            f"{len(waiting)} of {len(waiting) + len(filled)} parameters of {type(module).__name__} were not filled, "
-            f"among them {quoted(name)} of shape {list(place.shape)}"
-        )
+    return waiting
 
 
 def _put(module: nn.Module, name: str, place: Tensor, value: Tensor) -> None:
@@ -97,9 +118,18 @@ def _put(module: nn.Module, name: str, place: Tensor, value: Tensor) -> None:
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _read(opened: Opened, rules: list[Rule], wanted: Wanted | None, unused: frozenset[str] = frozenset()) -> Tensors:
+def _read(opened: Opened, rules: list[Rule], wanted: Wanted | None, unused: frozenset[str] = frozenset()) -> Published:
     _check(opened, rules, unused)
     return _follow_all(opened, rules, wanted)
+
+
+def _plain(published: Published) -> Tensors:
+    return map(_plain_pair, published)  # a generator would hold one tensor while the next one is read
+
+
+def _plain_pair(pair: tuple[str, Loaded]) -> tuple[str, Tensor]:
+    name, loaded = pair
+    return name, plain(loaded)
 
 
 def _check(opened: Opened, rules: list[Rule], unused: frozenset[str]) -> None:
@@ -144,24 +174,53 @@ def _check_tensor(opened: Opened, stored: Stored, shape: tuple[int, ...], scale:
         )
 
 
-def _follow_all(opened: Opened, rules: list[Rule], wanted: Wanted | None) -> Tensors:
-    for rule in rules:
-        if wanted is None or any(wanted(name) for name, _ in rule.targets):
-            yield from _follow(opened, rule)  # holds no tensor while the next one is read
+def _follow_all(opened: Opened, rules: list[Rule], wanted: Wanted | None) -> Published:
+    chosen = [rule for rule in rules if wanted is None or any(wanted(name) for name, _ in rule.targets)]
+    for rule, following in zip(chosen, [*chosen[1:], None], strict=True):
+        for name, _ in following.sources if following else ():
+            opened.tensors[name].announce()
+        yield from _follow(opened, rule)  # holds no tensor while the next one is read
 
 
-def _follow(opened: Opened, rule: Rule) -> Tensors:
-    parts = [opened.read(name) for name, _ in rule.sources]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    del parts
+def _follow(opened: Opened, rule: Rule) -> Published:
+    joined, scale = _joined([opened.read(name) for name, _ in rule.sources])
     if rule.change is Change.SWAP_HALVES:
         first, second = joined.chunk(2)
         joined = torch.cat([second, first])
     if rule.change is not Change.SPLIT_COLUMNS:
         (name, shape), *_ = rule.targets
-        yield name, joined.reshape(shape)
+        yield name, _with_scale(joined.reshape(shape), scale)
         return
     start = 0
     for name, (_, width) in rule.targets:
-        yield name, joined[:, start : start + width].contiguous()
+        yield name, _with_scale(joined[:, start : start + width].contiguous(), scale)
         start += width
+
+
+def _joined(parts: list[Loaded]) -> tuple[Tensor, Tensor | None]:
+    """The rows of all parts, and the scale if they are fp8 still.
+
+    A matrix of ours has one scale. So fp8 parts stay as they are where they share one, as all casts do; where q, k, v
+    (and the MLP half of a linear1) are published apart with a scale each, as in scaled files of layout C, they are
+    dequantised, and whoever wants fp8 must quantise the whole anew.
+    """
+    first = parts[0]
+    if isinstance(first, Fp8Weight):
+        same = [
+            part.weight
+            for part in parts
+            if isinstance(part, Fp8Weight)
+            and part.weight.dtype == first.weight.dtype
+            and torch.equal(part.scale, first.scale)
+        ]
+        if len(same) == len(parts):
+            return _concatenated(same), first.scale
+    return _concatenated([plain(part) for part in parts]), None
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _with_scale(tensor: Tensor, scale: Tensor | None) -> Loaded:
+    return tensor if scale is None else Fp8Weight(tensor, scale)

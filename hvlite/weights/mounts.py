@@ -7,7 +7,7 @@ torch: whoever keeps files of that kind may ask.
 import re
 from pathlib import Path, PurePosixPath
 
-MOUNTS = Path("/proc/mounts")
+from hvlite.telemetry import MOUNTS, mount_of
 
 NETWORK = "a network file system"
 WINDOWS = "a Windows drive or a share of a virtual machine's host"
@@ -31,24 +31,6 @@ def unfit_file_system(path: Path, mounts: str | None = None) -> str | None:
             mounts = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
         except OSError:
             return None
-    mount, kind = _mount_of(PurePosixPath(path.resolve()), mounts)
+    mount, kind = mount_of(PurePosixPath(path.resolve()), mounts)
     reason = NETWORK if NETWORK_FUSE.match(kind) else UNFIT.get(kind)
     return None if reason is None else f"{path} lies on {mount}, {reason} ({kind})"
-
-
-def _mount_of(path: PurePosixPath, mounts: str) -> tuple[PurePosixPath, str]:
-    """Where the file system that holds `path` is mounted, and its kind; of two at one place, the later one shows."""
-    best = PurePosixPath("/"), ""
-    for line in mounts.splitlines():
-        fields = line.split(" ")
-        if len(fields) < 3:
-            continue
-        mount = PurePosixPath(_unescaped(fields[1]))
-        if path.is_relative_to(mount) and len(mount.parts) >= len(best[0].parts):
-            best = mount, fields[2]
-    return best
-
-
-def _unescaped(field: str) -> str:
-    """Spaces and their like stand in /proc/mounts as three octal digits."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)

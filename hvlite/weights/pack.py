@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvlite.atomic import explained, replaced_file, sync_folder
+from hvlite.atomic import explained, locked, replaced_file, sync_folder
 from hvlite.dims import ModelDims
 from hvlite.errors import OutputError, WeightsError
 from hvlite.events import Note
 from hvlite.weights.checkpoint import SAFETENSORS_DTYPES, checkpoint_files, opened_file, quoted
 from hvlite.weights.layout import PLAIN, Formats, SlabPlan, place, plan_slabs, store_bytes, stored_forms
-from hvlite.weights.load import Tensors, clip_tensors, dit_tensors, llama_tensors, vae_tensors
-from hvlite.weights.parts import scale_map
+from hvlite.weights.load import Published, Tensors, clip_tensors, published_dit, published_llama, vae_tensors
+from hvlite.weights.parts import Loaded, plain, scale_map
 from hvlite.weights.slab import Slab, check_slab, write_slab
 from hvlite.weights.sources import Sources, fingerprint
 from hvlite.weights.store import (
@@ -38,15 +38,15 @@ from hvlite.weights.store import (
     Store,
     Verified,
     foreign_entry,
-    locked,
     read_index,
     refuse_unfit,
     write_index,
 )
 
-# A parameter by its name in the model -> what is stored for it: itself, or tensors by their names in the model. What
-# has the parameter's own name is cast to the part's dtype; the rest is stored as it is, in the order of `layout`.
-Transform = Callable[[str, Tensor], Tensor | Mapping[str, Tensor]]
+# A parameter by its name in the model, fp8 as it was published -> what is stored for it: itself, or tensors by their
+# names in the model. What has the parameter's own name is cast to the part's dtype; the rest is stored as it is, in
+# the order of `layout`.
+Transform = Callable[[str, Loaded], Tensor | Mapping[str, Tensor]]
 
 # All that transformers reads of a tokenizer; the folder may hold a model beside it.
 TOKENIZER_FILES = (
@@ -170,12 +170,12 @@ def _refuse_taken(out: Path) -> None:
         )
 
 
-def _open_parts(sources: Sources, dims: ModelDims, load_key: str, unread: Container[str]) -> dict[str, Tensors]:
+def _open_parts(sources: Sources, dims: ModelDims, load_key: str, unread: Container[str]) -> dict[str, Published]:
     """The checkpoint's parts, held against `dims` by their headers; of their tensors only those in `unread` come."""
     wanted = unread.__contains__
     return {
-        "dit": dit_tensors(sources.dit, dims.dit, load_key, wanted),
-        "text": llama_tensors(sources.text_encoder, dims.llama, wanted),
+        "dit": published_dit(sources.dit, dims.dit, load_key, wanted),
+        "text": published_llama(sources.text_encoder, dims.llama, wanted),
         "clip": clip_tensors(sources.text_encoder_2, dims.clip, wanted),
         "vae": vae_tensors(sources.vae, dims.vae, wanted),
     }
@@ -270,26 +270,26 @@ def _file_bytes(slabs: Mapping[str, Slab]) -> int:
     return sum(slab.file_bytes for slab in slabs.values())
 
 
-def _pack_slab(job: _Job, plan: SlabPlan, tensors: Tensors) -> Slab:
+def _pack_slab(job: _Job, plan: SlabPlan, tensors: Published) -> Slab:
     placement = place(stored_forms(plan, job.recipe.formats))
     return write_slab(
         job.partial, plan.name, placement, _stored(job.recipe, plan, tensors), part=plan.part, prefix=plan.prefix
     )
 
 
-def _stored(recipe: Recipe, plan: SlabPlan, tensors: Tensors) -> Tensors:
+def _stored(recipe: Recipe, plan: SlabPlan, tensors: Published) -> Tensors:
     """The tensors of a slab by their names in it, made from the loader's as they are asked for."""
     for parameter, _ in plan.parameters:
         yield from _made(recipe, plan, parameter, tensors)  # holds nothing while the next one is read
 
 
-def _made(recipe: Recipe, plan: SlabPlan, parameter: str, tensors: Tensors) -> Tensors:
-    name, tensor = next(tensors)
+def _made(recipe: Recipe, plan: SlabPlan, parameter: str, tensors: Published) -> Tensors:
+    name, loaded = next(tensors)
     assert name == parameter, f"the loader gives {name} where the plan has {parameter}"
     dtype = SAFETENSORS_DTYPES[PLAIN[recipe.formats.plain_dtype(plan.part)]]
     transform = recipe.transform(plan.part)
-    made = tensor if transform is None else transform(name, tensor)
-    del tensor
+    made = plain(loaded) if transform is None else transform(name, loaded)
+    del loaded
     for key, value in ({name: made} if isinstance(made, Tensor) else made).items():
         yield key.removeprefix(plan.prefix), cast_in_place(value, dtype) if key == name else value
 

@@ -1,4 +1,4 @@
-"""A checkpoint of one model part by the names of our tables, whichever layout it is in, and fp8 dequantised.
+"""A checkpoint of one model part by the names of our tables, whichever layout it is in, and what fp8 in it means.
 
 Between the containers (`checkpoint`), which know no names, and the tables (`keymap`, `dit_layouts`), which know no
 files.
@@ -29,6 +29,26 @@ SCALED_MARKER = "scaled_fp8"
 HINT_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant")
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """An fp8 tensor as it lies in a file, and its scale, fp32 [1]; 1 where the file has none."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def dequantised(self) -> Tensor:
+        """bf16(weight) x bf16(scale), rounded to bf16 (spec 2.4)."""
+        return self.weight.to(torch.bfloat16).mul_(self.scale.to(torch.bfloat16))
+
+
+Loaded = Tensor | Fp8Weight
+
+
+def plain(loaded: Loaded) -> Tensor:
+    """The tensor itself; fp8 becomes bf16."""
+    return loaded.dequantised() if isinstance(loaded, Fp8Weight) else loaded
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """A checkpoint of one part by the names of our tables; `scales` belong to the fp8 weights of the same name."""
@@ -39,15 +59,13 @@ class Opened:
     scales: Catalog
     is_scaled: bool
 
-    def read(self, name: str) -> Tensor:
-        """One published tensor; fp8 becomes bf16(weight) x bf16(scale), rounded to bf16 (spec 2.4), scale 1 if none."""
+    def read(self, name: str) -> Loaded:
+        """One published tensor; fp8 comes with its scale."""
         tensor = self.tensors[name].read()
         if tensor.dtype not in FP8_DTYPES:
             return tensor
-        tensor = tensor.to(torch.bfloat16)
-        if name in self.scales:
-            tensor *= self.scales[name].read().reshape(()).to(torch.bfloat16)
-        return tensor
+        scale = self.scales[name].read().float().reshape(1) if name in self.scales else torch.ones(1)
+        return Fp8Weight(tensor, scale)
 
 
 def open_part(part: Part, source: Path, load_key: str = "module") -> Opened:

@@ -5,14 +5,13 @@ checks it (`slab`), `verify` checks everything. Nothing in an index is believed 
 leads out of the folder.
 """
 
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +19,9 @@ from typing import Literal
 import msgspec
 from torch import Tensor
 
-from hvlite.atomic import explained, replaced_file, sync_folder
+from hvlite.atomic import explained, locked, replaced_file, sync_folder
 from hvlite.dims import ModelDims
-from hvlite.errors import Busy, OutputError, WeightsError
+from hvlite.errors import OutputError, WeightsError
 from hvlite.weights import slab as slabs
 from hvlite.weights.checkpoint import MOST_JSON_BYTES, opened_file, quoted
 from hvlite.weights.layout import DTYPE_BYTES, Formats, place
@@ -112,16 +111,23 @@ class Store:
         """The slab's tensors as views of the mapped file; writing to them changes no file."""
         return slabs.map_slab(self.path, self.slabs[name])
 
-    def read_slab_into(self, name: str, buffer: Tensor) -> dict[str, Tensor]:
-        """The slab's data straight into the beginning of `buffer`, uint8 [at least data_bytes]; views of it."""
-        return slabs.read_slab_into(self.path, self.slabs[name], buffer)
+    def slab_bytes(self, name: str) -> int:
+        """The memory that the slab's data needs: whole pages."""
+        return self.slabs[name].data_bytes
 
-    def tensors(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """All of `part` (dit, text, clip, vae) under the names that its module has, mapped slab by slab."""
-        for slab in self.index.slabs:
-            if slab.part == part:
-                for name, tensor in self.map_slab(slab.name).items():
-                    yield slab.prefix + name, tensor
+    def read_slab(self, name: str, buffer: Tensor) -> None:
+        """The slab's data straight into the beginning of `buffer`, uint8 [at least slab_bytes] on the CPU."""
+        slabs.read_slab_into(self.path, self.slabs[name], buffer)
+
+    def slab_views(self, name: str, data: Tensor) -> dict[str, Tensor]:
+        """The slab's tensors by their names in it, as views of its data: uint8 [at least slab_bytes], anywhere."""
+        return slabs.views(self.slabs[name].placement, data)
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The slab's tensors, mapped, under the names that they have in the module of its part."""
+        prefix = self.slabs[name].prefix
+        for tensor_name, tensor in self.map_slab(name).items():
+            yield prefix + tensor_name, tensor
 
     def tokenizer(self, folder: str) -> Path:
         """The folder of `tokenizer` or `tokenizer_2`, its files checked."""
@@ -285,21 +291,6 @@ def _listed(path: Path) -> ListedStore:
         fault = str(error)
     sizes = (file.stat().st_size for file in path.rglob("*") if file.is_file())
     return ListedStore(path=path, disk_bytes=sum(sizes), index=index, fault=fault)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Busy unless this process alone changes the folder; a kill frees it too."""
-    with explained(folder):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another hvlite is writing {folder} now. Wait until it is done, or end it.") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def foreign_entry(folder: Path) -> str | None:

@@ -41,7 +41,8 @@ def evaluate(
     scenes = split_scenes()[1]
     hits: Counter[str] = Counter()
     misses: list[str] = []
-    with open_model(model_folder, load_profile("cpu", dtype=dtype), "cpu", dynamic=dynamic) as model:
+    weights = "int8-dynamic" if dynamic else None
+    with open_model(model_folder, load_profile("cpu", dtype=dtype, weights=weights), "cpu") as model:
         states = encode_prompts([scene.caption for scene in scenes], model)
         for seed in seeds:
             for number, (scene, prompt) in enumerate(zip(scenes, states, strict=True)):

@@ -1,0 +1,179 @@
+"""The choice of a plan: the first way to render a clip that fits a budget, from what costs nothing to what costs time.
+
+And back again: what to give up next where memory ran out all the same. No torch.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Literal
+
+from hvlite.memory.geometry import WIDE, AskedTiles, ladder, smaller, wide_ladder
+from hvlite.memory.needs import Knobs
+from hvlite.memory.stages import STAGES, Choice, Part, Stage, StageNeed, Task, stage_need
+from hvlite.memory.tiers import spread
+from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
+
+Auto = Literal["auto"]
+CHUNKS = (2048, 1024, 512)
+# Each group norms and reads all tokens once more: few are hardly felt. More, and short chunks, are for where nothing
+# else fits; before that blocks are streamed, which costs nothing while another block is computed.
+EASY_GROUPS = 4
+EASY_CHUNK = 1024
+# In the order in which keeping them between clips saves time.
+WARM: tuple[Part, ...] = ("dit", "text", "vae")
+# What giving something up must free at least, of the peak of the stage that ran out of memory.
+LEAST_GAIN = 0.08
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Bytes that a run may take: of its device, and of the host for weights that are not there."""
+
+    device_bytes: int
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a user has chosen; "auto" is left to the plan."""
+
+    token_chunk: int | Auto = "auto"
+    head_groups: int | Auto = "auto"
+    tiles: AskedTiles = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """All that a choice is made from. `stages`: those that are still to come."""
+
+    task: Task
+    budget: Budget
+    asked: Asked = Asked()
+    stages: tuple[Stage, ...] = STAGES
+
+
+def needs_of(inputs: Inputs, choice: Choice) -> tuple[StageNeed, ...]:
+    """Of all stages that are still to come."""
+    return tuple(stage_need(inputs.task, choice, stage) for stage in inputs.stages)
+
+
+def fits(inputs: Inputs, choice: Choice) -> bool:
+    """Whether every stage does."""
+    return all(need.peak_bytes <= inputs.budget.device_bytes for need in needs_of(inputs, choice))
+
+
+def choose(inputs: Inputs) -> Choice:
+    """The first choice that fits, or the leanest one."""
+    blocks = inputs.task.dims.dit.blocks
+    choice = Choice(
+        knobs=knobs_to_try(inputs, easy=True)[0],
+        residents=() if inputs.task.stored.is_streamed else spread(blocks, blocks),
+        tiles=next(tiles_to_try(inputs)),
+    )
+    if "decode" in inputs.stages:
+        choice = _first(inputs, "decode", (replace(choice, tiles=tiles) for tiles in tiles_to_try(inputs)))
+    if "denoise" in inputs.stages:
+        # the ends first, so that what cannot fit is known at once; of a few small blocks a ring may be the larger end
+        leanest = replace(choice, knobs=knobs_to_try(inputs, easy=False)[-1])
+        whole = replace(leanest, residents=spread(blocks, blocks))
+        can_fit = min(_peak(inputs, end, "denoise") for end in (leanest, whole)) <= inputs.budget.device_bytes
+        choice = _first(inputs, "denoise", _denoise_choices(inputs, choice)) if can_fit else leanest
+    for part in WARM:
+        warmer = replace(choice, warm=choice.warm | {part})
+        if fits(inputs, warmer) and (part != "dit" or choice.residents):
+            choice = warmer
+    return choice
+
+
+def _first(inputs: Inputs, stage: Stage, choices: Iterator[Choice]) -> Choice:
+    """The first under which this stage fits, else the last one, which is the leanest."""
+    for choice in choices:
+        if _peak(inputs, choice, stage) <= inputs.budget.device_bytes:
+            break
+    return choice
+
+
+def knobs_to_try(inputs: Inputs, *, easy: bool) -> list[Knobs]:
+    """From the fastest to the leanest; a value that was asked for stays."""
+    asked, heads = inputs.asked, inputs.task.dims.dit.heads
+    chunks = [asked.token_chunk] if asked.token_chunk != "auto" else list(CHUNKS)
+    groups = [number for number in range(1, heads + 1) if heads % number == 0]
+    if asked.head_groups != "auto":
+        groups = [max(number for number in groups if number <= max(1, asked.head_groups))]
+    if easy:
+        chunks = [chunk for chunk in chunks if chunk >= EASY_CHUNK] or chunks
+        groups = [number for number in groups if number <= EASY_GROUPS] or groups
+    return [Knobs(token_chunk=chunk, head_groups=number) for chunk, number in product(chunks, groups)]
+
+
+def tiles_to_try(inputs: Inputs) -> Iterator[TileGeometry]:
+    """From what the published tool does to the smallest; only the tiles that were asked for, if some were."""
+    asked, shape = inputs.asked.tiles, inputs.task.clip.shape
+    if isinstance(asked, TileGeometry):
+        yield asked
+    elif asked == WIDE:
+        yield from wide_ladder(shape)
+    else:
+        yield PUBLISHED_TILES
+        yield from ladder(PUBLISHED_TILES, shape)
+
+
+def _denoise_choices(inputs: Inputs, choice: Choice) -> Iterator[Choice]:
+    """With as many residents as can be, and the first knobs for them; then again with knobs that cost more time."""
+    blocks = inputs.task.dims.dit.blocks
+    counts = range(blocks, -1, -1) if inputs.task.stored.is_streamed else [blocks]
+    easy, every = (product(counts, knobs_to_try(inputs, easy=easy)) for easy in (True, False))
+    for count, knobs in chain(easy, every):
+        yield replace(choice, knobs=knobs, residents=spread(count, blocks))
+
+
+def _peak(inputs: Inputs, choice: Choice, stage: Stage) -> int:
+    return stage_need(inputs.task, choice, stage).peak_bytes
+
+
+# Where memory ran out.
+
+
+def leaner(inputs: Inputs, choice: Choice, stage: Stage) -> Choice | None:
+    """The next choice under which this stage takes clearly less; None if there is nothing left to give up."""
+    limit = _peak(inputs, choice, stage) * (1 - LEAST_GAIN)
+    return next((each for each in _leaner_choices(inputs, choice, stage) if _peak(inputs, each, stage) <= limit), None)
+
+
+def _leaner_choices(inputs: Inputs, choice: Choice, stage: Stage) -> Iterator[Choice]:
+    """What other parts keep goes first, since it changes nothing; then knobs, then residents, or smaller tiles."""
+    choice = replace(choice, warm=frozenset())
+    yield choice
+    if stage == "decode":
+        yield from _smaller_tiles(inputs, choice)
+    if stage == "denoise":
+        yield from _fewer_at_once(inputs, choice)
+
+
+def _smaller_tiles(inputs: Inputs, choice: Choice) -> Iterator[Choice]:
+    """Also where some were asked for: other tiles are better than no clip."""
+    tiles = smaller(choice.tiles, inputs.task.clip.shape)
+    while tiles is not None:
+        yield replace(choice, tiles=tiles)
+        tiles = smaller(tiles, inputs.task.clip.shape)
+
+
+def _fewer_at_once(inputs: Inputs, choice: Choice) -> Iterator[Choice]:
+    """More groups of heads and shorter chunks as long as they are easy, then fewer residents, then the rest of both."""
+    choice = yield from _leaner_knobs(inputs, choice, easy=True)
+    if inputs.task.stored.is_streamed:
+        for count in range(len(choice.residents) - 1, -1, -1):
+            choice = replace(choice, residents=spread(count, inputs.task.dims.dit.blocks))
+            yield choice
+    yield from _leaner_knobs(inputs, choice, easy=False)
+
+
+def _leaner_knobs(inputs: Inputs, choice: Choice, *, easy: bool) -> Generator[Choice, None, Choice]:
+    """The same with every leaner pair of knobs; returns the leanest."""
+    now = choice.knobs
+    for knobs in knobs_to_try(inputs, easy=easy):
+        if knobs.token_chunk <= now.token_chunk and knobs.head_groups >= now.head_groups:
+            choice = replace(choice, knobs=knobs)
+            yield choice
+    return choice

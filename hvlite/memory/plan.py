@@ -1,0 +1,146 @@
+"""How a clip is rendered within a budget, and what that takes in every stage: arithmetic, without torch.
+
+`make_plan` chooses (`choice`), says what each stage holds (`stages`, which says why) and where the weights are
+meanwhile (`host`); `Plan.check` refuses what does not fit and names changes that would (`advice`); `Plan.next_rung` is
+for a run that runs out of memory all the same.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+from hvlite.errors import DoesNotFit
+from hvlite.memory.advice import Others, cheapest_changes
+from hvlite.memory.choice import Inputs, choose, leaner, needs_of
+from hvlite.memory.geometry import tiles_text
+from hvlite.memory.host import HostPlan, plan_host
+from hvlite.memory.stages import Choice, Stage, StageNeed
+from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`residents` and `pinned` are indexes of blocks, `text_residents` of the text encoder's layers.
+
+    `warm`: the parts (dit, text, vae) that stay on the device between clips. Bytes from disk are part of those that
+    travel; `once_bytes` travel once a clip. `fits_host`: no block has to come from disk at every step.
+    """
+
+    fits: bool
+    fits_host: bool
+    budget_bytes: int
+    peak_bytes: int
+    host_bytes: int
+    resident_blocks: int
+    streamed_blocks: int
+    bytes_per_step: int
+    disk_bytes_per_step: int
+    once_bytes: int
+    stages: tuple[StageNeed, ...]
+    token_chunk: int
+    head_groups: int
+    residents: tuple[int, ...]
+    pinned: tuple[int, ...]
+    text_residents: tuple[int, ...]
+    tiles: TileGeometry
+    warm: tuple[str, ...]
+    notes: tuple[str, ...]
+    inputs: Inputs = field(repr=False, compare=False)
+    choice: Choice = field(repr=False, compare=False)
+
+    @property
+    def knobs_text(self) -> str:
+        """How the steps are computed, in words."""
+        blocks = self.resident_blocks + self.streamed_blocks
+        return (
+            f"{self.head_groups} group{'s' * (self.head_groups > 1)} of heads, {self.token_chunk} tokens a chunk, "
+            f"{self.resident_blocks} of {blocks} blocks resident"
+        )
+
+    def stage(self, name: Stage) -> StageNeed:
+        """What that stage takes."""
+        return next(need for need in self.stages if need.name == name)
+
+    def check(self, others: Others | None = None) -> None:
+        """DoesNotFit where a stage needs more than the budget: with both numbers, and changes that would fit."""
+        if self.fits:
+            return
+        first = next(need for need in self.stages if need.peak_bytes > self.budget_bytes)
+        tried = {"denoise": f", even with {self.knobs_text}", "decode": f", even in tiles of {tiles_text(self.tiles)}"}
+        changes = self.advice(others)
+        advice = f"Try {', or '.join(changes)}." if changes else "No smaller clip fits either: it needs another card."
+        raise DoesNotFit(
+            f"{_clip_text(self.inputs)} needs {first.peak_bytes / GIB:.2f} GiB in stage {first.name}"
+            f"{tried.get(first.name, '')}; the budget is {self.budget_bytes / GIB:.2f} GiB. {advice}"
+        )
+
+    def advice(self, others: Others | None = None) -> list[str]:
+        """The three cheapest changes, as flags, that make it fit; tried one by one, so it takes a moment."""
+        return [] if self.fits else cheapest_changes(self.inputs, others or Others())
+
+    def next_rung(self, stage: Stage) -> "Plan | None":
+        """The next leaner plan for a stage that ran out of memory; None if nothing is left to give up."""
+        choice = leaner(self.inputs, self.choice, stage)
+        return None if choice is None else _plan(self.inputs, choice)
+
+    def as_dict(self) -> dict[str, object]:
+        """What `hvlite plan --json` prints."""
+        shown = asdict(self)
+        del shown["inputs"], shown["choice"]
+        return shown
+
+
+def make_plan(inputs: Inputs) -> Plan:
+    """The first way that fits; the leanest one, with `fits` False, if none does."""
+    return _plan(inputs, choose(inputs))
+
+
+def _plan(inputs: Inputs, choice: Choice) -> Plan:
+    task, needs = inputs.task, needs_of(inputs, choice)
+    host = plan_host(task, choice, inputs.budget.host_bytes)
+    peak, layers = max(need.peak_bytes for need in needs), task.dims.llama.used_layers
+    return Plan(
+        fits=peak <= inputs.budget.device_bytes,
+        fits_host=host.disk_bytes_per_step == 0,
+        budget_bytes=inputs.budget.device_bytes,
+        peak_bytes=peak,
+        host_bytes=host.host_bytes,
+        resident_blocks=len(choice.residents),
+        streamed_blocks=task.dims.dit.blocks - len(choice.residents),
+        bytes_per_step=host.bytes_per_step,
+        disk_bytes_per_step=host.disk_bytes_per_step,
+        once_bytes=host.once_bytes,
+        stages=needs,
+        token_chunk=choice.knobs.token_chunk,
+        head_groups=choice.knobs.head_groups,
+        residents=choice.residents,
+        pinned=host.pinned,
+        text_residents=tuple(range(layers)) if "text" in choice.warm else (),
+        tiles=choice.tiles,
+        warm=tuple(sorted(choice.warm)),
+        notes=tuple(_notes(inputs, choice, host)),
+        inputs=inputs,
+        choice=choice,
+    )
+
+
+def _notes(inputs: Inputs, choice: Choice, host: HostPlan) -> list[str]:
+    """What a user should know of how it will run."""
+    notes = []
+    if host.disk_bytes_per_step and inputs.task.kind == "cuda":
+        notes.append(
+            f"{host.disk_bytes_per_step / GIB:.1f} of {host.wanted_bytes / GIB:.1f} GiB of streamed blocks are read "
+            f"from disk at every step: {inputs.budget.host_bytes / GIB:.1f} GiB of host memory may hold weights"
+        )
+    if "decode" in inputs.stages and inputs.asked.tiles == "auto" and choice.tiles != PUBLISHED_TILES:
+        notes.append(
+            f"the published decode tiles do not fit: {tiles_text(choice.tiles)} are used, and the clip differs a "
+            "little from what other machines make of it"
+        )
+    return notes
+
+
+def _clip_text(inputs: Inputs) -> str:
+    shape, vae = inputs.task.clip.shape, inputs.task.dims.vae
+    frames = (shape.frames - 1) * vae.temporal_ratio + 1
+    return f"{shape.height * vae.spatial_ratio}x{shape.width * vae.spatial_ratio}x{frames}"

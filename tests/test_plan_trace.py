@@ -1,0 +1,139 @@
+"""The plan equals a trace of the whole line on meta: what is said beforehand is what the code that runs will hold.
+
+The grid is walked with a model of few blocks, all as wide as the published one's; some cases with all of them.
+"""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from typing import TypeVar
+
+import pytest
+import torch
+
+from hvlite.dims import HUNYUANVIDEO, ModelDims
+from hvlite.events import Event, Stage
+from hvlite.line import begin, denoise, generate
+from hvlite.memory.plan import Plan
+from hvlite.memory.stages import STAGES
+from hvlite.memory.trace import Trace
+from hvlite.opened import Model
+from hvlite.origin import DimsOnly
+from hvlite.profile import load_profile
+from hvlite.request import Request
+from hvlite.run import Outputs, Run
+from hvlite.weights.layout import Formats
+
+Result = TypeVar("Result")
+FEW_BLOCKS = replace(
+    HUNYUANVIDEO,
+    dit=replace(HUNYUANVIDEO.dit, double_blocks=2, single_blocks=4),
+    llama=replace(HUNYUANVIDEO.llama, layers=5),
+)
+Size = tuple[int, int, int]
+HD, SMALL, SHORT, IMAGE = (720, 1280, 129), (544, 960, 129), (256, 256, 33), (720, 1280, 1)
+
+
+@contextmanager
+def model_on_meta(dims: ModelDims, profile: str, weights: tuple[str, str], **overrides: float | str) -> Iterator[Model]:
+    kind, text_kind = weights
+    formats = Formats(weights=kind.removesuffix("-dynamic"), text_weights=text_kind)
+    origin = DimsOnly(dims, formats, dynamic=kind == "int8-dynamic")
+    model = Model(origin, load_profile(profile, **overrides), torch.device("meta"))
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def request_of(clip: Size, prompts: int) -> Request:
+    return Request("x", size=clip[:2], frames=clip[2], cfg_scale=6.0 if prompts == 2 else 1.0)
+
+
+def watched(events: Generator[Event, None, Result], trace: Trace) -> Result:
+    """Run to the end, with a mark in the trace for every stage."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as ended:
+            result: Result = ended.value
+            return result
+        if isinstance(event, Stage):
+            trace.begin(event.name)
+
+
+def compare(plan: Plan, trace: Trace) -> None:
+    for need in plan.stages:
+        if need.name in [peak.stage for peak in trace.peaks]:
+            assert need.live_bytes == pytest.approx(trace.peak(need.name).peak_bytes, rel=0.02), trace.peak(need.name)
+
+
+def check_all_but_decode(model: Model, request: Request) -> Plan:
+    """With what an earlier clip would have left; a tile's decode has tests of its own."""
+    plan = model.plan(request.resolve(model.dims))
+    run = Run(model, request.resolve(model.dims), Outputs(), plan)
+    with Trace() as trace:
+        model.preload(plan)
+        watched(denoise(run, watched(begin(run, None), trace)), trace)
+    assert len(trace.peaks) == 4
+    compare(plan, trace)
+    return plan
+
+
+FORMATS = [
+    ("bf16", "fp16"),
+    ("int8", "nf4"),
+    ("int8-dynamic", "int8"),
+    ("nf4", "nf4-double"),
+    ("nf4-double", "bf16"),
+    ("fp8", "fp8"),
+    ("fp32", "fp32"),
+]
+# Memory for which a model of few blocks is streamed in part, and resident.
+PLACES = [
+    (HD, "6g", 5.2),
+    (SMALL, "8g", 4.2),
+    (SHORT, "12g", 3.4),
+    (IMAGE, "16g", 3.7),
+    (SMALL, "24g", 24.0),
+    (HD, "60g", 60.0),
+]
+
+
+CASES = list(product(PLACES, FORMATS))[::2]  # every place with every other format, and the other way round
+
+
+@pytest.mark.parametrize(("place", "weights"), CASES)
+def test_plan_and_trace_agree(place: tuple[Size, str, float], weights: tuple[str, str]) -> None:
+    clip, profile, memory_gib = place
+    prompts = 1 + FORMATS.index(weights) % 2
+    memory_gib *= 1.5 if weights[0] == "fp32" else 1
+    with model_on_meta(FEW_BLOCKS, profile, weights, memory_gib=memory_gib) as model:
+        check_all_but_decode(model, request_of(clip, prompts))
+
+
+def test_the_products_dtype_is_the_profiles() -> None:
+    with model_on_meta(FEW_BLOCKS, "24g", ("bf16", "fp16"), dtype="fp32") as model:
+        plan = check_all_but_decode(model, request_of(SMALL, 1))
+    with model_on_meta(FEW_BLOCKS, "24g", ("bf16", "fp16")) as model:
+        narrow = model.plan(request_of(SMALL, 1).resolve(model.dims))
+    assert plan.stage("denoise").activation_bytes > 1.8 * narrow.stage("denoise").activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("clip", "profile", "weights", "prompts"),
+    [
+        (HD, "6g", ("bf16", "nf4"), 2),
+        (SMALL, "24g", ("int8", "nf4"), 1),
+    ],
+)
+def test_the_whole_line_at_full_size(clip: Size, profile: str, weights: tuple[str, str], prompts: int) -> None:
+    request = request_of(clip, prompts)
+    with model_on_meta(HUNYUANVIDEO, profile, weights) as model, Trace() as trace:
+        plan = model.plan(request.resolve(model.dims))
+        model.preload(plan)
+        watched(generate(request, model), trace)
+    assert [peak.stage for peak in trace.peaks] == ["", *STAGES]
+    compare(plan, trace)
+    assert trace.peak("denoise").peak_bytes < plan.budget_bytes

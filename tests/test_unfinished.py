@@ -1,0 +1,157 @@
+"""A clip that ends in the middle goes on where it was, and comes out as if it never had ended."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from hvlite import Outputs, Request, generate, open_model
+from hvlite.clip import decode_file
+from hvlite.errors import DoesNotFit, RequestError
+from hvlite.events import BlockDone, Event, Finished, Note, Parked, Preview, Saved, Stage, StepDone
+from hvlite.model.dit import Dit
+from hvlite.opened import Model
+from hvlite.unfinished import load_unfinished
+from hvlite.video.mp4 import read_frames
+
+REQUEST = Request("a red circle", steps=4, seed=2)
+GUIDED = replace(REQUEST, negative_prompt="a blue square", cfg_scale=2.5)
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Iterator[Model]:
+    with open_model(tiny_model) as opened:
+        yield opened
+
+
+def frames_of(events: list[Event]) -> NDArray[np.uint8]:
+    """The pixels of the clip that these events end with."""
+    last = events[-1]
+    assert isinstance(last, Finished)
+    assert last.path is not None
+    return np.stack(list(read_frames(last.path)))
+
+
+def end_after(model: Model, outputs: Outputs, last: Callable[[Event], bool], request: Request = REQUEST) -> list[Event]:
+    """The events of a run whose caller goes away after the first one of which `last` is true."""
+    seen: list[Event] = []
+    with closing(generate(request, model, outputs=outputs)) as stream:
+        for event in stream:
+            seen.append(event)
+            if last(event):
+                return seen
+    raise AssertionError("the run came to its end")
+
+
+def kept(own_home: Path) -> Path:
+    """The one file of latents that is left."""
+    (file,) = (own_home / "latents").iterdir()
+    return file
+
+
+@pytest.mark.parametrize("request_", [REQUEST, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("ended_at", [(0, 1), (1, 0), (2, 1)])
+def test_resumed_is_uninterrupted(
+    model: Model, tmp_path: Path, own_home: Path, request_: Request, ended_at: tuple[int, int]
+) -> None:
+    whole = frames_of(list(generate(request_, model, outputs=Outputs(folder=tmp_path))))
+
+    def is_there(event: Event) -> bool:
+        return isinstance(event, BlockDone) and (event.step, event.block) == ended_at
+
+    end_after(model, Outputs(folder=tmp_path), is_there, request_)
+    if ended_at[0] == 0:
+        assert not list((own_home / "latents").iterdir())
+        return
+    file = kept(own_home)
+    progress = load_unfinished(file).progress
+    assert progress is not None
+    assert progress.done == ended_at[0]
+    events = list(generate(request_, model, outputs=Outputs(folder=tmp_path), resume=file))
+    assert [event.name for event in events if isinstance(event, Stage)] == ["denoise", "decode"]
+    assert not [event for event in events if isinstance(event, Note)]
+    assert np.array_equal(frames_of(events), whole)
+    assert not file.exists()
+
+
+def test_every_step_is_saved_when_asked_for(model: Model, tmp_path: Path) -> None:
+    outputs = Outputs(folder=tmp_path, save_seconds=0.0)
+    events = list(generate(REQUEST, model, outputs=outputs))
+    assert [event.kind for event in events if isinstance(event, Saved)] == ["unfinished"] * 3 + ["latents", "video"]
+
+
+def test_finished_latents_only_need_decoding(model: Model, tmp_path: Path, own_home: Path) -> None:
+    whole = frames_of(list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path))))
+    end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, Saved))
+    events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=kept(own_home)))
+    assert not [event for event in events if isinstance(event, StepDone)]
+    assert np.array_equal(frames_of(events), whole)
+
+
+def test_latents_that_a_user_named_stay_there(model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    end_after(model, Outputs(folder=tmp_path, latents=file), lambda event: isinstance(event, StepDone))
+    list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=file))
+    assert load_unfinished(file).progress is None
+
+
+def test_what_belongs_to_another_clip_is_refused(model: Model, tmp_path: Path, own_home: Path) -> None:
+    end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, StepDone))
+    file = kept(own_home)
+    for other, named in ((replace(REQUEST, seed=3), "seed 2, now 3"), (replace(REQUEST, steps=5), "steps 4, now 5")):
+        with pytest.raises(RequestError, match=named):
+            list(generate(other, model, outputs=Outputs(folder=tmp_path), resume=file))
+    with open_model("shapes") as another, pytest.raises(RequestError, match="made with other weights"):
+        list(generate(REQUEST, another, outputs=Outputs(folder=tmp_path), resume=file))
+    with pytest.raises(RequestError, match=r"not all steps are done.*--resume"):
+        list(decode_file(file, model))
+
+
+def test_other_knobs_are_told(model: Model, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, StepDone))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=kept(own_home)))
+    assert any(isinstance(event, Note) and f"threads {threads} -> {threads + 1}" in event.text for event in events)
+
+
+def test_the_steps_before_a_failure_are_kept(
+    model: Model, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_block, runs = Dit.run_block, iter(range(1000))
+
+    def failing(self: Dit, *arguments: object) -> None:
+        if next(runs) >= 2 * self.dims.blocks + 1:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        run_block(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dit, "run_block", failing)
+        with pytest.raises(DoesNotFit):
+            list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path)))
+    progress = load_unfinished(kept(own_home)).progress
+    assert progress is not None
+    assert progress.done == 2
+
+
+def test_a_draft_is_parked_and_finished_later(model: Model, tmp_path: Path) -> None:
+    whole = frames_of(list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path))))
+    *_, last = generate(REQUEST, model, outputs=Outputs(folder=tmp_path, stop_after=2))
+    assert isinstance(last, Parked)
+    assert (last.done, last.steps) == (2, 4)
+    events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=last.latents))
+    assert np.array_equal(frames_of(events), whole)
+
+
+def test_previews_come_when_asked_for_and_change_nothing(model: Model, tmp_path: Path) -> None:
+    plain = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path)))
+    events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path, preview_steps=1)))
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [event.step for event in previews] == [0, 1, 2]
+    assert not [event for event in plain if isinstance(event, Preview)]
+    assert np.array_equal(frames_of(events), frames_of(plain))
