@@ -39,7 +39,7 @@ from hvlite.progress import Talk, print_json
 
 queue = App(
     name="queue",
-    help="The queue: clips to be rendered, in order, by `hvlite work`. Alone: list it.",
+    help="The queue: clips to be rendered, in order. Alone: list it.",
     result_action="return_value",
     default_parameter=Parameter(negative=()),
 )

@@ -142,7 +142,7 @@ def queue_lines(settings: Settings, counts: Mapping[State, int], end: float | No
         what = "paused" if settings.queue == "paused" else "pausing: nothing new starts"
         lines.append(f"the queue is {what}{printable(why)}; go on: hvlite queue resume")
     if settings.queue == "active" and counts["queued"] and not counts["running"]:
-        lines.append("nothing runs now; start a worker: hvlite work")
+        lines.append("nothing runs now")
     if counts["parked"]:
         lines.append("finish a draft: hvlite queue finish ID")
     return lines

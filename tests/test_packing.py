@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from hvlite import Outputs, Request, generate, load_profile, open_model
 from hvlite.errors import ExitCode, WeightsError
-from hvlite.events import Finished
+from hvlite.events import Finished, Note
 from hvlite.origin import Checkpoint, Packed, find_origin
-from hvlite.packing import check_formats, pack_model
+from hvlite.packing import Asked, check_formats, pack_model, provide
 from hvlite.planning import stored_formats
 from hvlite.video.mp4 import read_frames
+from hvlite.weights.pack import Progress
 from tests.command_line import call
 from tests.test_cli import CLIP
 
@@ -109,3 +110,31 @@ def test_gen_packs_a_checkpoint_once(
     code, _, err = call(capsys, "gen", "a red circle", *flags)
     assert code == ExitCode.DONE, err
     assert "packing" not in err
+
+
+def test_a_large_checkpoint_is_packed_once_to_the_profiles_formats(
+    tmp_path: Path, tiny_model: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvlite.planning.SMALL_BYTES", 0)
+    profile = load_profile("cpu", weights="int8", text_weights="nf4")
+    told: list[Progress | Note] = []
+    for _ in range(2):
+        with open_model(tiny_model, profile, told=told.append) as model:
+            assert isinstance(model.origin, Packed)
+            assert (model.origin.formats.weights, model.origin.formats.text_weights) == ("int8", "nf4")
+    notes = [event.text for event in told if isinstance(event, Note) and event.text.startswith("packing")]
+    assert len(notes) == 1
+    assert "GB of int8 weights and nf4 text weights, to" in notes[0]
+    (packed_to,) = (own_home / "packed").iterdir()
+    with pytest.raises(WeightsError, match="holds int8, --weights asks for nf4"):
+        list(provide(packed_to, profile, {}, Asked(weights="nf4")))
+
+
+def test_a_plan_is_for_what_a_store_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store = packed("shapes", tmp_path / "store", "nf4", "int8")
+    code, out, err = call(capsys, "plan", "--model", str(store), "--profile", "24g")
+    assert code == ExitCode.DONE, err
+    assert "nf4 weights, int8 text weights" in out
+    code, _, err = call(capsys, "plan", "--model", str(store), "--profile", "24g", "--weights", "int8")
+    assert code == ExitCode.WEIGHTS
+    assert "holds nf4, --weights asks for int8" in err

@@ -1,6 +1,7 @@
 """Profiles: shipped ones load, wrong ones are named, every value says where it came from, and one is chosen."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,8 @@ import pytest
 from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import ProfileError
-from hvlite.planning import fits_by_plan
+from hvlite.memory.tiles import PUBLISHED_TILES
+from hvlite.planning import fits_by_plan, plan_clip, setting_of
 from hvlite.profile import (
     BUILT_IN,
     SETTINGS,
@@ -21,10 +23,12 @@ from hvlite.profile import (
     budget_bytes,
     card_profiles,
     choose_profile,
+    host_budget,
     load_profile,
     profile_names,
     read_profile,
 )
+from hvlite.request import Request
 from hvlite.weights.layout import Formats, slab_placements
 from tests.refusal import refusal
 
@@ -289,3 +293,20 @@ def test_output_names_are_safe_on_every_file_system() -> None:
     assert stem.startswith("20260101-000000_a-cat-walks-on-the-grass")
     assert stem.endswith("_seed7")
     assert len(stem) < 120
+
+
+def test_the_hosts_share_is_what_the_profile_says_or_what_is_free() -> None:
+    profile = load_profile("24g")
+    room = card(24, 24)
+    assert host_budget(profile, room) == 12 * GIB
+    assert host_budget(profile, replace(room, host_bytes=64 * GIB)) == 12 * GIB
+    assert host_budget(profile, replace(room, host_bytes=8 * GIB)) == 6 * GIB
+    assert host_budget(profile, replace(room, host_bytes=GIB)) == 0
+
+
+def test_a_profiles_decode_tile_is_kept_to() -> None:
+    resolved = Request("any").resolve(HUNYUANVIDEO)
+    for tile, is_published in (("auto", False), ("published", True)):
+        profile = load_profile("6g", memory_gib=3.9, decode_tile=tile)
+        plan = plan_clip(resolved, profile, setting_of(HUNYUANVIDEO, profile, asked=True))
+        assert (plan.tiles == PUBLISHED_TILES) is is_published

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hvlite.errors import DoesNotFit, RequestError
 from hvlite.events import BlockDone, Event, Finished, Note, Parked, Preview, Saved, Stage, StepDone
 from hvlite.model.dit import Dit
 from hvlite.opened import Model
-from hvlite.unfinished import load_unfinished
+from hvlite.unfinished import load_unfinished, save_unfinished
 from hvlite.video.mp4 import read_frames
 
 REQUEST = Request("a red circle", steps=4, seed=2)
@@ -155,3 +157,30 @@ def test_previews_come_when_asked_for_and_change_nothing(model: Model, tmp_path:
     assert [event.step for event in previews] == [0, 1, 2]
     assert not [event for event in plain if isinstance(event, Preview)]
     assert np.array_equal(frames_of(events), frames_of(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"latents": torch.zeros(1, 16, 1, 4, 4)}, r"latents is \(1, 16, 1, 4, 4\), this request makes"),
+        ({"done": -5}, "-5 of 4 steps are done"),
+        ({"done": 4}, "4 of 4 steps are done"),
+        ({"branches": 0}, "prompts is 0, this request makes 1"),
+        ({"dtype": "bf16"}, "begun in bf16, now fp32 is asked for: go on with --dtype bf16"),
+    ],
+)
+def test_a_file_that_cannot_be_of_this_clip_is_refused(
+    model: Model, tmp_path: Path, own_home: Path, changes: dict[str, Any], told: str
+) -> None:
+    end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, StepDone))
+    clip = load_unfinished(kept(own_home))
+    assert clip.progress is not None
+    progress = msgspec.structs.replace(clip.progress, done=changes.get("done", 1))
+    if "branches" in changes:
+        clip, progress = replace(clip, conditionings=()), msgspec.structs.replace(progress, branches=0)
+    if "dtype" in changes:
+        progress = msgspec.structs.replace(progress, knobs=msgspec.structs.replace(progress.knobs, dtype="bf16"))
+    damaged = replace(clip, progress=progress, latents=changes.get("latents", clip.latents))
+    save_unfinished(tmp_path / "damaged", damaged)
+    with pytest.raises(RequestError, match=told):
+        list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=tmp_path / "damaged"))
