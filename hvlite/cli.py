@@ -20,10 +20,11 @@ from hvlite import paths
 from hvlite.cli_flags import ModelFlags, OutputFlags, RequestFlags, clips_of, model_name, read_made, request_from
 from hvlite.errors import ExitCode, HvliteError, RequestError
 from hvlite.memory.geometry import AskedTiles, parse_tiles
-from hvlite.progress import Interrupted, Talk, interruptible, print_json, printable
+from hvlite.progress import Interrupted, Stop, Talk, interruptible, print_json, printable
 
 if TYPE_CHECKING:
     from hvlite.opened import Model
+    from hvlite.request import Request
     from hvlite.run import Outputs
 
 
@@ -94,22 +95,27 @@ def gen(
         talk.say("--use-cpu-offload changes nothing: parts are always loaded one after the other")
     if use_fp8:
         talk.say("--use-fp8 changes nothing: fp8 weights are known by themselves (--weights fp8 makes them)")
+    tiles = parse_tiles(how.decode_tile or "auto")
+    outputs = [_outputs(where, index if len(clips) > 1 else None, tiles) for index in range(len(clips))]
     with interruptible(talk) as stop, _opened(name, how, talk) as model:
-        from hvlite.clip import choose_places
-        from hvlite.line import encode_prompts, generate, prompts_of
-
         if made is not None and made.model.fingerprint != model.origin.fingerprint:
             talk.say("these are not the weights that the clip was made with: it will differ")
-        resolved = request.resolve(model.dims)
-        tiles = parse_tiles(how.decode_tile or "auto")
-        outputs = [_outputs(where, index if len(clips) > 1 else None, tiles) for index in range(len(clips))]
-        if model.device.type != "meta":
-            for each in outputs:
-                choose_places(each, resolved, resume)  # what cannot be written is refused before the first clip
-        prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if len(clips) > 1 else None
-        for clip, each in zip(clips, outputs, strict=True):
-            stop.follow(generate(clip, model, outputs=each, prompts=prompts, resume=resume))
+        _render(clips, outputs, model, stop, resume)
     return ExitCode.DONE
+
+
+def _render(clips: list["Request"], outputs: list["Outputs"], model: "Model", stop: Stop, resume: Path | None) -> None:
+    """One clip after the other, their prompt encoded once; what cannot be written is refused before the first."""
+    from hvlite.clip import choose_places
+    from hvlite.line import encode_prompts, generate, prompts_of
+
+    resolved = clips[0].resolve(model.dims)
+    if model.device.type != "meta":
+        for each in outputs:
+            choose_places(each, resolved, resume)
+    prompts = encode_prompts(prompts_of(resolved), model, resolved.template) if len(clips) > 1 else None
+    for clip, each in zip(clips, outputs, strict=True):
+        stop.follow(generate(clip, model, outputs=each, prompts=prompts, resume=resume))
 
 
 @app.command

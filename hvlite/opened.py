@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvlite.dims import HUNYUANVIDEO, DitDims, LlamaDims, ModelDims
+from hvlite.dims import HUNYUANVIDEO, ModelDims
 from hvlite.errors import ProfileError
 from hvlite.events import Note
 from hvlite.machine import AUTO, auto_profile, default_profile, room_of
 from hvlite.memory.device import cap, check_dtype, choose_device, forget_peak, give_back, make_lanes, used_peak
 from hvlite.memory.plan import Plan
 from hvlite.memory.pool import Pool
+from hvlite.memory.stages import block_slabs, layer_slabs, modulation_slabs
 from hvlite.memory.streamer import Walk, open_streamer
 from hvlite.memory.trace import not_counted
 from hvlite.model.dit import Dit
@@ -206,7 +207,7 @@ class Model:
         """Both text encoders; Llama's layers are there within their visits."""
         llama = self._loaded(self._llama, "text", "text_embedding")
         clip = self._loaded(self._clip, "clip", "clip")
-        names = layer_names(self.dims.llama)
+        names = layer_slabs(self.dims.llama)
         self._hold("text", [names[index] for index in plan.text_residents])
         with self._walk(self._llama, list(zip(names, llama.layers, strict=True)), 1) as walk:
             yield self._with_tokenizers(llama, clip), walk.visit
@@ -227,7 +228,7 @@ class Model:
     def modulation(self) -> Iterator[tuple[Dit, Visit]]:
         """The transformer as `prepare_schedule` needs it; modulation i is there within its visit."""
         dit: Dit = self._loaded(self._dit, "dit", "dit_rest")
-        blocks = list(zip(modulation_names(self.dims.dit), dit.modulations, strict=True))
+        blocks = list(zip(modulation_slabs(self.dims.dit), dit.modulations, strict=True))
         with self._walk(self._dit, blocks, 1) as walk:
             yield dit, walk.visit
         if self.pool is not None:
@@ -238,7 +239,7 @@ class Model:
         """The transformer as `rounds` steps need it; block i is there within its visits."""
         needed = EVERY if self.pool is None else USED_BY_STEPS
         dit: Dit = self._loaded(self._dit, "dit", "dit_rest", needed)
-        names = block_names(self.dims.dit)
+        names = block_slabs(self.dims.dit)
         self._pinned = [names[index] for index in plan.pinned]
         self._hold("dit", [names[index] for index in plan.residents])
         with self._walk(self._dit, list(zip(names, dit.blocks, strict=True)), rounds) as walk:
@@ -388,22 +389,3 @@ def _provided(
         except StopIteration as ended:
             origin: Checkpoint | Packed = ended.value
             return origin
-
-
-def block_names(dims: DitDims) -> list[str]:
-    """The slabs of the transformer's blocks, in the order in which a step visits them."""
-    return _numbered("double_blocks", dims.double_blocks) + _numbered("single_blocks", dims.single_blocks)
-
-
-def modulation_names(dims: DitDims) -> list[str]:
-    """The slabs of the blocks' modulation, in the same order."""
-    return _numbered("double_mods", dims.double_blocks) + _numbered("single_mods", dims.single_blocks)
-
-
-def layer_names(dims: LlamaDims) -> list[str]:
-    """The slabs of the text encoder's layers."""
-    return _numbered("text_layers", dims.used_layers)
-
-
-def _numbered(name: str, count: int) -> list[str]:
-    return [f"{name}.{index}" for index in range(count)]

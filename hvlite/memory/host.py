@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 from hvlite.memory.needs import ITEM_BYTES, clip_bytes, rest_bytes
 from hvlite.memory.stages import Choice, Task, block_slabs, layer_slabs, modulation_slabs, resident_bytes
-from hvlite.memory.tiers import spread, stays_in_slot
-
-STAGING = 2
-"""Buffers through which slabs come from disk (memory.pool)."""
+from hvlite.memory.tiers import STAGING, spread, stays_in_slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hvlite.memory.device import HostMemory, Lanes
 from hvlite.memory.feed import Feed, Load, Slabs, Source
-
-STAGING = 2
+from hvlite.memory.tiers import STAGING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,10 @@ RING = 2
 """Slots of a walk: one is computed with while the next slab arrives in the other. Spare memory goes to residents."""
 
 
+STAGING = 2
+"""Buffers of host memory through which slabs come from disk to a card."""
+
+
 def spread(count: int, of: int) -> tuple[int, ...]:
     """`count` of the numbers 0 to of - 1, as evenly as can be, also from the last one round to the first.
 
