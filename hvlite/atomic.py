@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -22,6 +23,10 @@ from hvlite.errors import Busy, OutputError
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
 # What fsync(2) answers for a folder where only files can be synced.
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+
+
+# A temporary file is made and then locked: one that is older than this and not locked was left behind.
+NEW_SECONDS = 5.0
 
 
 @contextmanager
@@ -65,6 +70,15 @@ def check_new(path: Path) -> None:
         _refuse_taken(path)
     with _temporary(path):
         pass
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents, where they are not there yet, as lasting as what will lie in them."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in new:
+            sync_folder(each.parent)
 
 
 @contextmanager
@@ -134,6 +148,8 @@ def _temporary(path: Path) -> Iterator[tuple[Path, int]]:
     with explained(path):
         # Held open while others write by name, so that fsync reports every write error since now.
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # says that it is in use, where the file system can say so
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield temporary, handle
     finally:
@@ -176,6 +192,24 @@ def _rename_exclusively(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
     else:
         os.unlink(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed: those that are not new and that nobody holds."""
+    with suppress(OSError):
+        for file in folder.glob(".hvlite-*.part"):
+            with suppress(OSError):
+                _remove_leftover(file)
+
+
+def _remove_leftover(file: Path) -> None:
+    handle = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.time() - os.fstat(handle).st_mtime > NEW_SECONDS:
+            os.unlink(file)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hvlite.request import Request
     from hvlite.run import Outputs
 
-
 app = App(
     name="hvlite",
     help="HunyuanVideo text to video in a memory budget that you name.",
@@ -42,8 +41,10 @@ app.command("hvlite.cli_models:models", name="models", help="The published weigh
 app.command(
     "hvlite.cli_machine:profiles", name="profiles", help="How memory is used: profiles listed, explained, checked."
 )
+app.command("hvlite.cli_work:work_command", name="work", help="Render what is queued, until it is told to stop.")
 app.command("hvlite.cli_machine:doctor", name="doctor", help="Say what this machine has, to paste into a bug report.")
 app.command("hvlite.cli_report:report", name="report", help="Write one page about the clips of a night.")
+app.command("hvlite.tui.app:tui", name="tui", help="Look at the queue and work on it, in the terminal.")
 
 
 @app.command
@@ -217,22 +218,13 @@ def _log_traceback(error: Exception) -> Path | None:
 @contextmanager
 def _opened(name: str, how: ModelFlags, talk: Talk) -> Iterator["Model"]:
     """The model on its device, with the flags laid over the profile."""
-    from hvlite.machine import AUTO, auto_profile, default_profile
+    from hvlite.jobs.opening import open_asked
     from hvlite.memory.device import choose_device, unused_card_note
-    from hvlite.opened import open_model
-    from hvlite.packing import Asked
-    from hvlite.profile import load_profile
 
     device = choose_device(how.device)
     if how.device is None and (note := unused_card_note()):
         talk.say(note)
-    name_of_profile = how.profile or default_profile(device)
-    if name_of_profile == AUTO:
-        name_of_profile = auto_profile(device)
-        talk.say(f"profile {name_of_profile} (why: hvlite profiles detect)")
-    profile = load_profile(name_of_profile, **how.overrides())
-    asked = Asked(how.weights, how.text_weights)
-    with open_model(name, profile, str(device), asked=asked, told=talk.packing, **how.files()) as model:
+    with open_asked(name, how, device, talk.packing) as model:
         talk.close()
         yield model
 

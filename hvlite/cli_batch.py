@@ -3,7 +3,8 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,6 @@ from hvlite.jobs.prompt_files import MOST_BYTES, BatchError, Format
 from hvlite.jobs.store import open_store
 from hvlite.progress import Talk, print_json
 from hvlite.request import Request
-
-# Seconds that a job will take; None where nothing tells.
-Predict = Callable[[NewJob], float | None]
 
 PAST = 200
 ROWS = 100
@@ -74,8 +72,7 @@ def batch_command(
     jobs = new_jobs(clips, job_how(how, talk), where, None, outputs)
     talk.say(f"read {file} as {batch.format}: {_count(batch.prompts, 'prompt')}, {_count(len(jobs), 'clip')}")
     if dry_run:
-        show_dry_run(batch, jobs, predicted_by_history(), talk, json=where.json)
-        return ExitCode.DONE
+        return show_dry_run(batch, jobs, talk, json=where.json)
     with opened(talk) as (store, _):
         tell_added(store, store.add(jobs, first=first, kind="batch"), talk, json=where.json)
     return ExitCode.DONE
@@ -105,36 +102,47 @@ def _told(error: BatchError, file: Path, talk: Talk) -> RequestError:
     return RequestError(f"{file}: {len(error.faults)} faults{more}. Nothing was queued")
 
 
-def predicted_by_history() -> Predict:
-    """Times of jobs that are done, as long as there is a queue that knows some."""
+def past() -> History:
+    """What the jobs that are done tell of times, as long as there is a queue that knows some."""
     if not paths.queue_file().exists():
-        return lambda _new: None
+        return History(())
     with open_store() as store:
-        history = History(store.page(("done",), limit=PAST))
-    return lambda new: history.seconds(new.request, new.how, stop_after=new.stop_after)
+        return History(store.page(("done",), limit=PAST))
 
 
-def show_dry_run(batch: Batch, jobs: Sequence[NewJob], predict: Predict, talk: Talk, *, json: bool) -> None:
-    """What would be queued, and how long it would take as far as `predict` knows."""
-    seconds = [predict(new) for new in jobs]
+def show_dry_run(batch: Batch, jobs: Sequence[NewJob], talk: Talk, *, json: bool) -> int:
+    """What would be queued, what it would take here, and how long, by history or else by the plan."""
+    from hvlite.cli_outlook import outlooks
+
+    history, looks = past(), outlooks([job.request for job in jobs], jobs[0].how)
+    learnt = [history.seconds(job.request, job.how) for job in jobs]
+    seconds = [look.seconds if each is None else each for each, look in zip(learnt, looks, strict=True)]
     known = [each for each in seconds if each is not None]
     total = sum(known) if len(known) == len(jobs) else None
     shown = [_as_job(new, index + 1) for index, new in enumerate(jobs)]
     if json:
         rows = [
-            {"line": entry.line, **{key: job_json(job)[key] for key in ("model", "profile", "request", "output")}}
-            for entry, job in zip(batch.entries, shown, strict=True)
+            {
+                "line": entry.line,
+                **{key: job_json(job)[key] for key in ("model", "profile", "request", "output")},
+                **{"seconds": each, "fits": look.plan.fits, "peak_bytes": look.plan.peak_bytes},
+            }
+            for entry, job, each, look in zip(batch.entries, shown, seconds, looks, strict=True)
         ]
-        timed = [{**row, "seconds": each} for row, each in zip(rows, seconds, strict=True)]
-        print_json({"jobs": timed, "seconds": total})
-        return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
-    for line in job_table(shown[:ROWS], {}, time.time(), width, without=("id", "state")):
-        talk.result(line)
-    if len(shown) > ROWS:
-        talk.say(f"and {len(shown) - ROWS:,} more")
-    took = "time unknown: no clips like these were made here yet" if total is None else f"about {span(total)}"
-    talk.say(f"{_count(len(jobs), 'job')}, {took}. Nothing was queued (--dry-run)")
+        print_json({"jobs": rows, "seconds": total})
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+        for line in job_table(shown[:ROWS], {}, time.time(), width, without=("id", "state")):
+            talk.result(line)
+        if len(shown) > ROWS:
+            talk.say(f"and {len(shown) - ROWS:,} more")
+        for text, clips in Counter(look.text for look in looks).items():
+            talk.say(f"{text} ({_count(clips, 'clip')})")
+        took = "time unknown: no clips like these were made here yet" if total is None else f"about {span(total)}"
+        if total is not None and None in learnt:
+            took += " by the plan, decodes not counted"
+        talk.say(f"{_count(len(jobs), 'job')}, {took}. Nothing was queued (--dry-run)")
+    return ExitCode.DONE if all(look.plan.fits for look in looks) else ExitCode.DOES_NOT_FIT
 
 
 def _count(number: int, word: str) -> str:

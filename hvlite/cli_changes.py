@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 from cyclopts import Parameter
 
 from hvlite.cli_flags import ModelFlags, RequestFlags, draw_seed, given_fields
-from hvlite.cli_jobs import Ids, Json, Next, absolute, changed, given_how, named_jobs, opened, tell_added
+from hvlite.cli_jobs import Ids, Json, Next, absolute, changed, given_how, named_jobs, opened, tell_added, tell_idle
 from hvlite.cli_tables import ranges_text
 from hvlite.errors import ExitCode, HvliteError, RequestError
 from hvlite.jobs.job import NewJob, Place, Spot, ids_of
@@ -189,6 +189,7 @@ def retry_command(
             raise RequestError("no job has failed")
         store.retry(sorted(numbers), first=first, anew=from_start)
         talk.say(f"queued {named_jobs(numbers)} again; undo: hvlite queue undo")
+        tell_idle(store, talk)
     return ExitCode.DONE
 
 
@@ -198,6 +199,7 @@ def finish_command(ids: Ids, /, *, first: Next = False) -> int:
         numbers = store.numbers(ids_of(ids))
         store.finish(numbers, first=first)
         talk.say(f"queued {named_jobs(numbers)} to the end; undo: hvlite queue undo")
+        tell_idle(store, talk)
     return ExitCode.DONE
 
 
@@ -263,7 +265,10 @@ def resume_command() -> int:
     """Start jobs again."""
     with opened() as (store, talk):
         store.resume()
-        talk.say(f"the queue is active: {store.counts()['queued']} waiting")
+        waiting = store.counts()["queued"]
+        talk.say(f"the queue is active: {waiting} waiting")
+        if waiting:
+            tell_idle(store, talk)
     return ExitCode.DONE
 
 

@@ -83,10 +83,10 @@ def model_name(how: How, talk: Talk, made_with: "ModelMade | None") -> str:
         return str(folder)
     if made_with is not None:
         return _name_of(made_with)
-    if (paths.models_folder() / "hunyuanvideo").is_dir():
-        return "hunyuanvideo"
-    talk.say("no model named and none downloaded: using the embedded model `shapes` (64x64 test clips)")
-    return "shapes"
+    name = paths.default_model()
+    if name == "shapes":
+        talk.say("no model named and none downloaded: using the embedded model `shapes` (64x64 test clips)")
+    return name
 
 
 def _name_of(made_with: "ModelMade") -> str:

@@ -16,9 +16,10 @@ from cyclopts import Parameter
 from hvlite import paths
 from hvlite.atomic import check_new
 from hvlite.cli_flags import ModelFlags, OutputFlags, model_name
-from hvlite.cli_tables import ranges_text
+from hvlite.cli_tables import NO_WORKER, ranges_text
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import OutputError, RequestError, WeightsError
+from hvlite.jobs.devices import any_worker
 from hvlite.jobs.job import How, NewJob, job_json
 from hvlite.jobs.store import Store, open_store
 from hvlite.memory.geometry import parse_tiles
@@ -172,9 +173,16 @@ def tell_added(store: Store, ids: Sequence[int], talk: Talk, *, json: bool) -> N
     seed = first.request.seed if first.request is not None and len(ids) == 1 else None
     details = f"model {model}" + ("" if seed is None else f", seed {seed}")
     talk.say(f"queued {named_jobs(ids)}, number {first.position} in line ({details}): {shortened(first.prompt)}")
+    tell_idle(store, talk)
+    talk.result(ranges_text(ids))
+
+
+def tell_idle(store: Store, talk: Talk) -> None:
+    """What keeps queued jobs waiting, if something does, and what helps."""
     if store.settings().queue != "active":
         talk.say("the queue is paused; go on: hvlite queue resume")
-    talk.result(ranges_text(ids))
+    elif not any_worker():
+        talk.say(NO_WORKER)
 
 
 def shortened(prompt: str, most: int = 80) -> str:

@@ -5,25 +5,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvlite import paths
 from hvlite.cli_flags import ModelFlags, RequestFlags
-from hvlite.dims import HUNYUANVIDEO
+from hvlite.cli_outlook import REAL, clip_text, disk_rate, gib, profile_name, rates_for, room_here, setting_for
 from hvlite.errors import ExitCode, HvliteError, RequestError
 from hvlite.memory.geometry import AUTO, AskedTiles, parse_tiles, tiles_text
 from hvlite.memory.plan import Plan
 from hvlite.memory.predict import Prediction, predict
-from hvlite.memory.rates import Rates, card_rates, find_card, load_rates
-from hvlite.planning import Kind, Setting, Wishes, plan_clip, setting_of
-from hvlite.profile import GIB, Profile, Room, card_profiles, load_profile
+from hvlite.memory.rates import Rates
+from hvlite.planning import Setting, Wishes, plan_clip
+from hvlite.profile import Profile, Room, card_profiles, load_profile
 from hvlite.progress import Talk, interruptible, print_json
 from hvlite.request import Request, ResolvedRequest
 
 if TYPE_CHECKING:
     from hvlite.memory.trace import StagePeak
 
-REAL = HUNYUANVIDEO.name
-# Bytes per second of a common NVMe disk, where a card's machine is not this one.
-ASSUMED_DISK = 3.5e9
 # How far a plan may be from its trace.
 TRACE_TOLERANCE = 0.02
 
@@ -57,15 +53,18 @@ def plan_command(
         raise RequestError("--verify proves the plan for the card that the profile is named after: leave --here away")
     if how.profile is None and not (here or verify or json or card):
         return _print_overview(request, how, Wishes(tiles=tiles))
-    profile = load_profile(_profile_name(how), **how.overrides())
-    setting = _setting(how, profile)
+    profile = load_profile(profile_name(how, card), **how.overrides())
+    if verify and "cpu" in (profile.kind, how.device):
+        raise RequestError("--verify counts what lies on a card, and a CPU has no memory apart: name a card's profile")
+    room = room_here(how) if here else None
+    setting = setting_for(how, profile, room)
     shown = Shown(
         profile=profile,
         setting=setting,
         resolved=request.resolve(setting.dims),
-        room=_room(how) if here else None,
+        room=room,
         wishes=Wishes(tiles=tiles),
-        rates=_rates(card, setting, profile),
+        rates=rates_for(card, setting, profile),
         traced=_trace(request, profile, how, tiles) if verify else None,
     )
     return show_plan(shown, as_json=json)
@@ -81,11 +80,12 @@ def plan_here(request: Request, how: ModelFlags, resume: Path | None, *, as_json
         from hvlite.unfinished import load_unfinished
 
         wishes = wishes_of(Outputs(decode_tile=tiles), load_unfinished(resume))
-    profile = load_profile(_profile_name(how), **how.overrides())
-    setting = _setting(how, profile)
+    profile = load_profile(profile_name(how), **how.overrides())
+    room = None if how.device == "meta" else room_here(how)
+    setting = setting_for(how, profile, room)
     resolved = request.resolve(setting.dims)
-    shown = Shown(profile=profile, setting=setting, resolved=resolved, room=_room(how), wishes=wishes)
-    return show_plan(replace(shown, rates=_rates(None, setting, profile)), as_json=as_json)
+    shown = Shown(profile=profile, setting=setting, resolved=resolved, room=room, wishes=wishes)
+    return show_plan(replace(shown, rates=rates_for(None, setting, profile)), as_json=as_json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,59 +116,10 @@ def show_plan(shown: Shown, *, as_json: bool) -> int:
         traced = shown.traced[need.name].peak_bytes if shown.traced else 0
         if abs(traced - need.live_bytes) > TRACE_TOLERANCE * traced:
             raise HvliteError(
-                f"stage {need.name} holds {_gib(traced)}, the plan says {_gib(need.live_bytes)}: more than "
+                f"stage {need.name} holds {gib(traced)}, the plan says {gib(need.live_bytes)}: more than "
                 f"{TRACE_TOLERANCE:.0%} apart. Please report it with this command"
             )
     return ExitCode.DONE if plan.fits else ExitCode.DOES_NOT_FIT
-
-
-def _setting(how: ModelFlags, profile: Profile) -> Setting:
-    """The model and its formats: those of a store, else those that a checkpoint would be packed to."""
-    kind: Kind | None = "cpu" if how.device == "cpu" else None
-    asked = how.weights is not None or how.text_weights is not None
-    if how.model in (None, REAL):
-        return setting_of(HUNYUANVIDEO, profile, asked=True, kind=kind)
-    from hvlite.origin import Packed, find_origin
-    from hvlite.packing import check_formats
-
-    assert how.model is not None
-    origin = find_origin(how.model, how.files(), dynamic=profile.weights == "int8-dynamic")
-    setting = setting_of(origin.dims, profile, asked=asked, kind=kind)
-    if isinstance(origin, Packed):
-        check_formats(origin.store, how.weights, how.text_weights)
-        return replace(setting, formats=origin.formats, dynamic=origin.dynamic)
-    return setting
-
-
-def _profile_name(how: ModelFlags) -> str:
-    if how.profile not in (None, "auto"):
-        assert how.profile is not None
-        return how.profile
-    from hvlite.machine import AUTO, auto_profile, default_profile
-    from hvlite.memory.device import choose_device
-
-    device = choose_device(how.device)
-    name = how.profile or default_profile(device)
-    return auto_profile(device) if name == AUTO else name
-
-
-def _room(how: ModelFlags) -> Room:
-    from hvlite.machine import room_of
-    from hvlite.memory.device import choose_device
-
-    return room_of(choose_device(how.device))
-
-
-def _rates(card: str | None, setting: Setting, profile: Profile) -> Rates | None:
-    """Of the named card, or of this machine's CPU if it was measured and is what is planned for."""
-    if card is not None:
-        if setting.kind == "cpu":
-            raise RequestError(f"--card {card} is no CPU: name a profile for cards, such as --profile 24g")
-        return card_rates(find_card(card), disk_read=ASSUMED_DISK)
-    measured = load_rates(paths.rates_file())
-    if measured is None or setting.kind != "cpu" or measured.disk_read is None:
-        return None
-    return measured if profile.dtype in measured.compute else None
 
 
 def _print_prediction(predicted: Prediction, rates: Rates, steps: int) -> None:
@@ -183,6 +134,8 @@ def _print_prediction(predicted: Prediction, rates: Rates, steps: int) -> None:
         f"{predicted.schedule_s:.1f} s, {steps} steps {_clock(predicted.steps_s)}; once more {predicted.load_s:.1f} s "
         "for the first clip, to load what stays"
     )
+    if predicted.spill_s:
+        print(f"its decode also moves its layers back and forth: {_clock(predicted.spill_s)}")
 
 
 def _clock(seconds: float) -> str:
@@ -205,19 +158,19 @@ def _trace(request: Request, profile: Profile, how: ModelFlags, tiles: AskedTile
 def _print_overview(request: Request, how: ModelFlags, wishes: Wishes) -> int:
     """One line for each profile."""
     profiles = [load_profile(name, **how.overrides()) for name in card_profiles()]
-    settings = [_setting(how, profile) for profile in profiles]
+    settings = [setting_for(how, profile) for profile in profiles]
     resolved = request.resolve(settings[0].dims)
     plans = [
         plan_clip(resolved, profile, setting, None, wishes) for profile, setting in zip(profiles, settings, strict=True)
     ]
-    print(f"{_clip_text(resolved)}, {settings[0].dims.name}, every profile as it is named")
+    print(f"{clip_text(resolved)}, {settings[0].dims.name}, every profile as it is named")
     print(f"{'profile':8} {'weights':13} {'fits':4} {'peak':>9} {'budget':>9}  {'on the card':>11}  {'host':>9}  tiles")
     for profile, setting, plan in zip(profiles, settings, plans, strict=True):
         blocks = f"{plan.resident_blocks}/{plan.resident_blocks + plan.streamed_blocks}"
         held = "as stored" if setting.formats is None else setting.formats.weights
         print(
-            f"{profile.name:8} {held:13} {'yes' if plan.fits else 'no':4} {_gib(plan.peak_bytes):>9} "
-            f"{_gib(plan.budget_bytes):>9}  {blocks:>11}  {_gib(plan.host_bytes):>9}  {tiles_text(plan.tiles)}"
+            f"{profile.name:8} {held:13} {'yes' if plan.fits else 'no':4} {gib(plan.peak_bytes):>9} "
+            f"{gib(plan.budget_bytes):>9}  {blocks:>11}  {gib(plan.host_bytes):>9}  {tiles_text(plan.tiles)}"
         )
     print("stage by stage: hvlite plan --profile NAME; what is free here: --here; the proof: --verify")
     return ExitCode.DONE if any(plan.fits for plan in plans) else ExitCode.DOES_NOT_FIT
@@ -228,24 +181,28 @@ def _print_plan(
 ) -> None:
     formats = setting.formats
     held = "as stored" if formats is None else f"{formats.weights} weights, {formats.text_weights} text weights"
-    print(f"{_clip_text(resolved)}, {setting.dims.name}, profile {profile.name} ({profile.dtype}; {held})")
+    print(f"{clip_text(resolved)}, {setting.dims.name}, profile {profile.name} ({profile.dtype}; {held})")
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    print(f"{verdict}: {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)}")
+    print(f"{verdict}: {gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}")
     print(f"\n{'stage':9} {'weights':>10} {'activations':>12} {'workspace':>10} {'peak':>10}", end="")
     print("" if traced is None else f" {'live':>10} {'traced':>10}")
     for need in plan.stages:
         numbers = (need.activation_bytes, need.workspace_bytes, need.peak_bytes)
-        line = f"{need.name:9} {_gib(need.weights_bytes):>10} " + " ".join(
-            f"{_gib(number):>{width}}" for number, width in zip(numbers, (12, 10, 10), strict=True)
+        line = f"{need.name:9} {gib(need.weights_bytes):>10} " + " ".join(
+            f"{gib(number):>{width}}" for number, width in zip(numbers, (12, 10, 10), strict=True)
         )
         if traced is not None:
-            line += f" {_gib(need.live_bytes):>10} {_gib(traced[need.name].peak_bytes):>10}"
+            line += f" {gib(need.live_bytes):>10} {gib(traced[need.name].peak_bytes):>10}"
         print(line)
     print(f"\n{plan.knobs_text}")
-    moved = f"{_gib(plan.bytes_per_step)} travel to the device at every step"
+    moved = f"{gib(plan.bytes_per_step)} travel to the device at every step"
     if plan.disk_bytes_per_step:
-        moved += f", {_gib(plan.disk_bytes_per_step)} of them from disk"
-    print(f"{moved}; {_gib(plan.once_bytes)} once a clip; {_gib(plan.host_bytes)} of host memory for weights")
+        rate = disk_rate()
+        seconds = f"{plan.disk_bytes_per_step / rate:.1f} s at {rate / 1e9:.1f} GB/s, while others are computed"
+        moved += f", {gib(plan.disk_bytes_per_step)} of them from disk ({seconds})"
+    print(f"{moved}; {gib(plan.once_bytes)} once a clip; {gib(plan.host_bytes)} of host memory for weights")
+    print(f"decoded in tiles of {tiles_text(plan.tiles)}" if plan.spilled is None else "decoded without tiles", end="")
+    print(f": {plan.decoded_volume:.2f} times the clip's volume")
     if plan.warm:
         print(f"stay loaded between clips: {', '.join(plan.warm)}")
     for note in plan.notes:
@@ -270,12 +227,3 @@ def _as_json(
     size = {"size": resolved.size, "frames": resolved.frames, "steps": resolved.steps}
     seconds = None if predicted is None else {**asdict(predicted), "clip_s": predicted.clip_s}
     return {**size, "profile": profile.name, **values, "stages": stages, "predicted": seconds}
-
-
-def _clip_text(resolved: ResolvedRequest) -> str:
-    height, width = resolved.size
-    return f"{height}x{width}x{resolved.frames}, {resolved.steps} steps"
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 or nbytes == 0 else f"{nbytes / 2**20:.1f} MiB"

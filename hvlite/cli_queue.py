@@ -32,6 +32,7 @@ from hvlite.cli_flags import ModelFlags, OutputFlags, RequestFlags, clips_of, re
 from hvlite.cli_jobs import Ids, Json, Next, job_how, new_jobs, opened, tell_added
 from hvlite.cli_tables import job_details, job_table, queue_lines
 from hvlite.errors import ExitCode, RequestError
+from hvlite.jobs.devices import any_worker
 from hvlite.jobs.eta import History, finish_times, queue_end
 from hvlite.jobs.job import ENDED, OPEN, Job, State, ids_of, job_json
 from hvlite.jobs.store import Store
@@ -111,7 +112,7 @@ def _table(store: Store, states: Sequence[State], limit: int, width: int) -> tup
     """The table, and what stands below it."""
     jobs, ends, now = _view(store, states)
     shown = jobs[:limit] if limit else jobs
-    below = queue_lines(store.settings(), store.counts(), queue_end(ends), now)
+    below = queue_lines(store.settings(), store.counts(), queue_end(ends), now, is_served=any_worker())
     if len(shown) < len(jobs):
         below.insert(0, f"and {len(jobs) - len(shown):,} more: --limit 0")
     return job_table(shown, ends, now, width) if shown else [], below

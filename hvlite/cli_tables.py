@@ -17,6 +17,7 @@ DAY = 86_400.0
 # A worker reports every second or so.
 SILENT_SECONDS = 120.0
 NARROWEST_PROMPT = 16
+NO_WORKER = "no worker runs; start one: hvlite work"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +125,10 @@ def _end_text(job: Job, ends: Ends, now: float) -> str:
     return "" if end is None else clock_at(end, now)
 
 
-def queue_lines(settings: Settings, counts: Mapping[State, int], end: float | None, now: float) -> list[str]:
-    """The state of the queue as a whole, and what to do about it."""
+def queue_lines(
+    settings: Settings, counts: Mapping[State, int], end: float | None, now: float, *, is_served: bool
+) -> list[str]:
+    """The state of the queue as a whole, and what to do about it; `is_served`: a worker runs."""
     waiting = [f"{counts[state]} {state}" for state in ("running", "queued", "parked") if counts[state]]
     ended = [f"{counts[state]} {state}" for state in ENDED if counts[state]]
     lines = []
@@ -141,8 +144,10 @@ def queue_lines(settings: Settings, counts: Mapping[State, int], end: float | No
         why = f" ({settings.pause_reason})" if settings.pause_reason else ""
         what = "paused" if settings.queue == "paused" else "pausing: nothing new starts"
         lines.append(f"the queue is {what}{printable(why)}; go on: hvlite queue resume")
-    if settings.queue == "active" and counts["queued"] and not counts["running"]:
-        lines.append("nothing runs now")
+    if counts["running"] and not is_served:
+        lines.append("the worker is gone; go on where it was: hvlite work")
+    elif settings.queue == "active" and counts["queued"] and not is_served:
+        lines.append(NO_WORKER)
     if counts["parked"]:
         lines.append("finish a draft: hvlite queue finish ID")
     return lines

@@ -38,6 +38,14 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """Of the weights that stay at hand while steps are made, so many bytes are there."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TileDone:
     """Decode tile `tile` of `tiles` (from 0) is finished."""
 
@@ -95,4 +103,4 @@ class Finished:
     memory: "MemoryUsed | None" = None
 
 
-Event = Stage | BlockDone | StepDone | TileDone | Preview | Chosen | Saved | Parked | Note | Finished
+Event = Stage | Loaded | BlockDone | StepDone | TileDone | Preview | Chosen | Saved | Parked | Note | Finished

@@ -6,7 +6,7 @@ no other switch is held across a yield; an abandoned generator gives the device 
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hvlite import profile as profiles
 from hvlite import sampler
-from hvlite.clip import choose_places, finish, finish_on_meta, model_made
+from hvlite.clip import choose_places, finish, finish_on_meta, made_so_far, with_tiles_of
 from hvlite.dims import LatentShape, latent_shape
-from hvlite.errors import RequestError
-from hvlite.events import BlockDone, Chosen, Event, Note, Parked, Preview, Saved, Stage, StepDone
+from hvlite.errors import DoesNotFit, RequestError
+from hvlite.events import BlockDone, Chosen, Event, Loaded, Note, Parked, Preview, Saved, Stage, StepDone
+from hvlite.memory.plan import Plan
 from hvlite.memory.stages import Stage as StageName
 from hvlite.memory.streamer import Visited, Walk
-from hvlite.metadata import Metadata
 from hvlite.model.dit import Activations, Conditioning, Dit, Workspace
 from hvlite.model.text import PromptStates
 from hvlite.opened import Model, open_model
@@ -60,17 +60,21 @@ def generate(
         raise RequestError(f"{len(prompts)} prompt states were given; this request needs {len(prompts_of(resolved))}")
     outputs = outputs or Outputs()
     saved = None if resume is None else load_unfinished(resume)
+    if saved is not None:
+        outputs = with_tiles_of(saved.made, outputs)
     if resume is not None and saved is not None:
         saved.check(resume, resolved, model.dims, model.origin.fingerprint, model.profile.dtype)
     knobs = saved.progress.knobs if saved is not None and saved.progress is not None else None
-    run = Run(model, resolved, outputs, model.plan(resolved, wishes_of(outputs, saved)))
+    run = Run(model, resolved, outputs, plan_for(model, resolved, outputs, saved))
+    differences = run.differences(knobs)
+    run.bit_exact = not differences and (saved is None or saved.made.bit_exact)
     places = None if model.device.type == "meta" else choose_places(outputs, resolved, resume)
     saving = None if places is None else Saving(places.latents, outputs.save_seconds)
     model.begin_run()
     yield from map(Note, (*request_notes(request, model.dims), *run.plan.notes, *run.differences(knobs)))
     if places is not None:
         yield Chosen(places.clip, places.latents)
-    with released(model, run.plan):
+    with released(model, lambda: run.plan):
         clip = (yield from begin(run, prompts)) if saved is None else go_on(run, saved)
         yield from denoise(run, clip, saving)
         if places is None:
@@ -81,15 +85,27 @@ def generate(
             yield from finish(run, clip.latents, places)
 
 
+def plan_for(model: Model, resolved: ResolvedRequest, outputs: Outputs, saved: Unfinished | None) -> Plan:
+    """How the clip is made, or made to its end: with the knobs that it began with, where they fit."""
+    wishes = wishes_of(outputs, saved)
+    try:
+        return model.plan(resolved, wishes)
+    except DoesNotFit:
+        if wishes.knobs is None:
+            raise
+        return model.plan(resolved, replace(wishes, knobs=None))
+
+
 def wishes_of(outputs: Outputs, saved: Unfinished | None) -> Wishes:
     """What the plan has to keep to: a clip that goes on does so with the knobs that it began with."""
     if saved is None:
         return Wishes(tiles=outputs.decode_tile)
+    tiles = with_tiles_of(saved.made, outputs).decode_tile
     if saved.progress is None:
-        return Wishes(tiles=outputs.decode_tile, stages=("decode",))
+        return Wishes(tiles=tiles, stages=("decode",))
     before = saved.progress.knobs
     knobs = profiles.Knobs(token_chunk=before.token_chunk, head_groups=before.head_groups)
-    return Wishes(tiles=outputs.decode_tile, knobs=knobs, stages=("denoise", "decode"))
+    return Wishes(tiles=tiles, knobs=knobs, stages=("denoise", "decode"))
 
 
 @dataclass(slots=True)
@@ -125,7 +141,7 @@ def attempt(run: Run, stage: StageName, work: Callable[[], Value]) -> Generator[
     while True:
         try:
             return work()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             leaner = run.leaner(stage, error)
         yield run.descend(leaner, f"stage {stage}")
 
@@ -146,7 +162,7 @@ def prompts_of(resolved: ResolvedRequest) -> list[str]:
 def encode_prompts(texts: Sequence[str], model: Model, template: str = "video") -> list[PromptStates]:
     """Text states without padding and the pooled vector of each text; several cost one pass over the weights."""
     plan = model.text_plan(len(texts))
-    with released(model, plan):
+    with released(model, lambda: plan):
         return model.encode(list(texts), template, plan)
 
 
@@ -170,7 +186,7 @@ def denoise(run: Run, clip: Between, saving: "Saving | None" = None) -> Generato
             try:
                 yield from _steps(run, clip, saving)
                 break
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, OSError) as error:
                 leaner = run.leaner("denoise", error)
             finally:
                 if saving is not None:  # also when the caller goes away, or when this was the leanest plan
@@ -186,6 +202,7 @@ def _steps(run: Run, clip: Between, saving: "Saving | None") -> Generator[Event,
     model, resolved, first = run.model, run.resolved, clip.done
     last = min(run.last_step, META_STEPS) if model.device.type == "meta" else run.last_step
     sigmas = run.sigmas.to(model.device)
+    yield from (Loaded(each.done_bytes, each.total_bytes) for each in model.load_blocks(run.plan))
     with model.blocks(run.plan, last - first) as (dit, walk):
         yield from map(Note, model.notes())
         work = _make_workspace(run, dit, clip)
@@ -251,12 +268,13 @@ class Saving:
 
     def save(self, run: Run, clip: Between) -> Saved:
         """Save now."""
-        made = Metadata(request=run.resolved, model=model_made(run.model, with_folder=True))
-        progress = Progress(done=clip.done, branches=len(clip.conditionings), knobs=run.knobs)
-        save_unfinished(
-            self.path,
-            Unfinished(made=made, progress=progress, latents=clip.latents, conditionings=clip.conditionings),
+        unfinished = Unfinished(
+            made=made_so_far(run),
+            progress=Progress(done=clip.done, branches=len(clip.conditionings), knobs=run.knobs),
+            latents=clip.latents,
+            conditionings=clip.conditionings,
         )
+        save_unfinished(self.path, unfinished)
         self.done, self.at = clip.done, time.monotonic()
         return Saved("unfinished", self.path)
 

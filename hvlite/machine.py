@@ -1,15 +1,21 @@
 """The machine as a run meets it: how much room a device has, and which profile `auto` stands for on it."""
 
+import os
+from dataclasses import replace
+
 import torch
 
+from hvlite import paths
 from hvlite.errors import DoesNotFit
 from hvlite.planning import fits_by_plan
 from hvlite.profile import CPU, GIB, Choice, Room, choose_profile
-from hvlite.telemetry import Card, Holder, cards, host_state
+from hvlite.telemetry import Card, Holder, cards, disk_state, host_state
 
 AUTO = "auto"
 # On the meta device nothing is taken, so there is nothing to measure a profile against.
 ON_META = "24g"
+# Of the disk, what an exact decode leaves for the clip itself.
+SPARED_DISK = 1 << 30
 
 
 def default_profile(device: torch.device) -> str:
@@ -22,13 +28,26 @@ def room_of(device: torch.device) -> Room:
     if device.type == "cuda":
         card = card_of(device)
         if card is not None and card.total_bytes is not None and card.free_bytes is not None:
-            free, total = card.free_bytes, card.total_bytes
+            # what this process has of it is not taken away by others
+            own = sum(holder.held_bytes or 0 for holder in card.holders or () if holder.pid == os.getpid())
+            free, total = card.free_bytes + own, card.total_bytes
         else:
             free, total = torch.cuda.mem_get_info(device)
-        return Room(kind="cuda", total_bytes=total, free_bytes=free, host_bytes=host_state().available_bytes)
+        host_bytes = host_state().available_bytes
+        return Room(kind="cuda", total_bytes=total, free_bytes=free, host_bytes=host_bytes, disk_bytes=scratch_bytes())
     host = host_state()
     total = host.total_bytes if host.cgroup_limit is None else host.cgroup_limit
-    return Room(kind=CPU, total_bytes=total, free_bytes=host.available_bytes)
+    return Room(kind="cpu", total_bytes=total, free_bytes=host.available_bytes, disk_bytes=scratch_bytes())
+
+
+def as_of_now(room: Room | None) -> Room | None:
+    """With the disk as it is by now; memory stays as it was found, so that all plans of a model are for one budget."""
+    return None if room is None else replace(room, disk_bytes=scratch_bytes())
+
+
+def scratch_bytes() -> int:
+    """What an exact decode may put on disk now."""
+    return max(0, disk_state(paths.scratch_folder()).free_bytes - SPARED_DISK)
 
 
 def card_of(device: torch.device) -> Card | None:

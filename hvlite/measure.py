@@ -43,11 +43,11 @@ class Effort:
     copy_bytes: int = 256 << 20
 
 
-# About 20 s on two cores, a few on a card. The longest sequence attends with fewer heads, to save time.
+# About 30 s on two cores, a few on a card. The longest sequence attends with fewer heads, to save time.
 ON_CPU = Effort(
-    matmul_tokens=(1, 16, 64, 256, 1024),
+    matmul_tokens=(1, 16, 64, 256, 1024, 2048),
     attention_tokens=((64, 24), (256, 24), (1024, 24), (4096, 4)),
-    elementwise_tokens=(64, 256, 1024),
+    elementwise_tokens=(64, 256, 1024, 2048),
 )
 ON_CUDA = Effort(
     matmul_tokens=(1, 64, 256, 1024, 4096),

@@ -20,7 +20,7 @@ class ModelMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class MemoryUsed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a run was given, what its plan predicted, what it took up to decode, and where it had to become leaner."""
+    """What a run was given, what its plan predicted, what it took, and where it had to become leaner."""
 
     budget_bytes: int
     predicted_bytes: int
@@ -45,7 +45,10 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     dtype: str = ""
     attention: str = ""
     profile: str = ""
-    decode_tile: dict[str, int] = {}
+    decode_tile: str = ""
+    decoded_volume: float | None = None
+    bit_exact: bool = True
+    """False where it went on with other knobs than it began with: rendered anew, its last bits may differ."""
     memory: MemoryUsed | None = None
     created: str = ""
     timings: dict[str, float] = {}

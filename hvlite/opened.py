@@ -5,22 +5,22 @@ go. Blocks of a packed store are streamed (`memory.streamer`) or stay on the dev
 checkpoint, which is small, are loaded whole.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvlite.dims import HUNYUANVIDEO, ModelDims
 from hvlite.errors import ProfileError
 from hvlite.events import Note
-from hvlite.machine import AUTO, auto_profile, default_profile, room_of
+from hvlite.machine import AUTO, as_of_now, auto_profile, default_profile, room_of
 from hvlite.memory.device import cap, check_dtype, choose_device, forget_peak, give_back, make_lanes, used_peak
 from hvlite.memory.plan import Plan
-from hvlite.memory.pool import Pool
+from hvlite.memory.pool import Kept, Pool
 from hvlite.memory.stages import block_slabs, layer_slabs, modulation_slabs
 from hvlite.memory.streamer import Walk, open_streamer
 from hvlite.memory.trace import not_counted
@@ -38,62 +38,20 @@ from hvlite.model.text import (
     longest_prompt,
     text_template,
 )
-from hvlite.model.vae import Vae
+from hvlite.model.vae import USED_BY_DECODE, Vae
 from hvlite.model.visit import Visit
 from hvlite.origin import REAL, Checkpoint, DimsOnly, Origin, Packed
 from hvlite.packing import NOTHING_ASKED, Asked, provide
+from hvlite.part import DTYPES, Part, exchange
 from hvlite.planning import Setting, Wishes, formats_for, plan_clip, plan_text, text_dtype, vae_dtype
 from hvlite.profile import Profile, budget_bytes, host_budget, load_profile
-from hvlite.quant.linear import Scratch
-from hvlite.quant.swap import swap
 from hvlite.request import ResolvedRequest
-from hvlite.weights import load
 from hvlite.weights.layout import Formats
 from hvlite.weights.pack import Progress
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a step uses of the transformer beside its blocks; all else of it is used once, before the first step.
 USED_BY_STEPS = ("img_in.", "final_linear.")
-USED_BY_DECODE = ("decoder.", "post_quant_conv.")
-ON_THE_HOST = "embed_tokens."
 EVERY = ("",)
-
-
-class Part:
-    """A module that was built empty, and whose weights come and go."""
-
-    def __init__(self, module: nn.Module, scratch: Scratch | None = None) -> None:
-        self.module = module
-        self.scratch = Scratch() if scratch is None else scratch
-        """What its weights are dequantised into; given back after each stage."""
-        self.held: frozenset[str] = frozenset()
-        """The prefixes of the names of the weights that are there; "" for all."""
-        self._empty = dict(module.named_parameters())
-
-    def has(self, prefixes: tuple[str, ...]) -> bool:
-        """Whether the weights whose names begin with one of these are there."""
-        return "" in self.held or self.held.issuperset(prefixes)
-
-    def fill(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device, prefixes: tuple[str, ...]) -> None:
-        """Take those of `tensors`, each in the dtype that the module has for it; looked up ones stay on the host."""
-        # on meta all is on one device: a copy has to be asked for, and what would be on the host takes nothing
-        is_meta = device.type == "meta"
-
-        def placed(name: str, tensor: Tensor) -> Tensor:
-            if name.startswith(ON_THE_HOST):
-                return self._empty[name] if is_meta else tensor.to(dtype=self._empty[name].dtype)
-            return tensor.to(device, self._empty[name].dtype, copy=is_meta)
-
-        load.fill_some(self.module, ((name, each) for name, each in tensors if name.startswith(prefixes)), placed)
-        self.held = frozenset(prefixes)
-
-    def unload(self, keep: tuple[str, ...] = ()) -> None:
-        """Give all weights back but those whose names begin with one of `keep`."""
-        for name, place in self._empty.items():
-            if not (keep and name.startswith(keep)):
-                owner, _, leaf = name.rpartition(".")
-                self.module.get_submodule(owner)._parameters[leaf] = place
-        self.held = frozenset(keep)
 
 
 class Model:
@@ -136,7 +94,7 @@ class Model:
             return Part(dit)
         kind = formats.quantised("dit")
         kind = "int8-dynamic" if self.origin.dynamic and kind == "int8" else kind
-        return Part(dit, _exchange(dit, kind, formats.dtype))
+        return Part(dit, exchange(dit, kind, formats.dtype))
 
     @cached_property
     def _llama(self) -> Part:
@@ -146,7 +104,7 @@ class Model:
         formats = self.origin.formats
         if formats is None:
             return Part(llama)
-        return Part(llama, _exchange(llama, formats.quantised("text"), formats.text_dtype))
+        return Part(llama, exchange(llama, formats.quantised("text"), formats.text_dtype))
 
     @cached_property
     def _clip(self) -> Part:
@@ -156,7 +114,7 @@ class Model:
     @cached_property
     def _vae(self) -> Part:
         with not_counted(), torch.device("meta"):
-            return Part(Vae(self.dims.vae).to(self.vae_dtype))
+            return Part(Vae(self.dims.vae, encodes=False).to(self.vae_dtype))
 
     @property
     def setting(self) -> Setting:
@@ -167,11 +125,12 @@ class Model:
             kind="cpu" if self.device.type == "cpu" else "cuda",
             attention=self.attention,
             dynamic=self.origin.dynamic,
+            repacks=isinstance(self.origin, Packed) and self.origin.repacks,
         )
 
     def plan(self, resolved: ResolvedRequest, wishes: Wishes | None = None) -> Plan:
         """How a clip will be made here and now; DoesNotFit if it cannot."""
-        plan = plan_clip(resolved, self.profile, self.setting, self.room, wishes or Wishes())
+        plan = plan_clip(resolved, self.profile, self.setting, as_of_now(self.room), wishes or Wishes())
         plan.check()
         return plan
 
@@ -208,7 +167,7 @@ class Model:
         llama = self._loaded(self._llama, "text", "text_embedding")
         clip = self._loaded(self._clip, "clip", "clip")
         names = layer_slabs(self.dims.llama)
-        self._hold("text", [names[index] for index in plan.text_residents])
+        exhaust(self._hold("text", [names[index] for index in plan.text_residents]))
         with self._walk(self._llama, list(zip(names, llama.layers, strict=True)), 1) as walk:
             yield self._with_tokenizers(llama, clip), walk.visit
 
@@ -239,11 +198,15 @@ class Model:
         """The transformer as `rounds` steps need it; block i is there within its visits."""
         needed = EVERY if self.pool is None else USED_BY_STEPS
         dit: Dit = self._loaded(self._dit, "dit", "dit_rest", needed)
+        exhaust(self.load_blocks(plan))
+        with self._walk(self._dit, list(zip(block_slabs(self.dims.dit), dit.blocks, strict=True)), rounds) as walk:
+            yield dit, walk
+
+    def load_blocks(self, plan: Plan) -> Iterator[Kept]:
+        """Bring the blocks that stay at hand while `blocks` is open; yields after each, which `blocks` would not."""
         names = block_slabs(self.dims.dit)
         self._pinned = [names[index] for index in plan.pinned]
-        self._hold("dit", [names[index] for index in plan.residents])
-        with self._walk(self._dit, list(zip(names, dit.blocks, strict=True)), rounds) as walk:
-            yield dit, walk
+        yield from self._hold("dit", [names[index] for index in plan.residents])
 
     def preload(self, plan: Plan) -> None:
         """Load the parts that the plan keeps between clips, as a clip before would have left them."""
@@ -264,7 +227,7 @@ class Model:
     def vae_on_cpu(self) -> Vae:
         """Another decoder, in fp32 on the CPU, for a clip that the device has no room to decode."""
         with not_counted(), torch.device("meta"):
-            vae = Vae(self.dims.vae)
+            vae = Vae(self.dims.vae, encodes=False)
         Part(vae).fill(self.origin.tensors("vae"), torch.device("cpu"), USED_BY_DECODE)
         return vae
 
@@ -280,14 +243,13 @@ class Model:
         finally:
             part.scratch.release()
 
-    def _hold(self, stage: str | None = None, residents: Sequence[str] = ()) -> None:
-        """Have the slabs at hand that stages have asked for, and no others."""
+    def _hold(self, stage: str | None = None, residents: Sequence[str] = ()) -> Iterator[Kept]:
+        """Have the slabs at hand that stages have asked for, and no others; yields after each that comes."""
         if stage is not None:
             self._residents[stage] = residents
         if self.pool is not None:
             resident = [name for names in self._residents.values() for name in names]
-            for _ in self.pool.keep(resident=resident, pinned=self._pinned):
-                pass
+            yield from self.pool.keep(resident=resident, pinned=self._pinned)
 
     def _loaded(self, part: Part, name: str, slab: str, needed: tuple[str, ...] = EVERY) -> Any:
         """The module of `part`, with at least the weights whose names begin with one of `needed`."""
@@ -301,18 +263,36 @@ class Model:
         return used_peak(self.device)
 
     @property
+    def held_bytes(self) -> int:
+        """What the weights take that are in memory now, on the device and for it on the host."""
+        parts = sum(part.nbytes for own in self._built().values() for part in own)
+        return parts + (0 if self.pool is None else self.pool.resident_bytes + self.pool.host_bytes)
+
+    @property
     def loaded(self) -> list[str]:
         """The parts (text, dit, vae) of which weights are in memory."""
         return [name for name, parts in self._built().items() if any(part.held for part in parts)]
 
-    def release(self, keep: Collection[str] = ()) -> None:
-        """Give back all parts but those named (text, dit, vae)."""
+    def keep_only(self, plan: Plan) -> None:
+        """Give back what another plan has left here and this one does not keep between clips."""
+        blocks, layers = block_slabs(self.dims.dit), layer_slabs(self.dims.llama)
+        kept = {"dit": [blocks[index] for index in plan.residents], "text": [layers[i] for i in plan.text_residents]}
+        self._residents = {
+            stage: [name for name in names if name in kept[stage]] for stage, names in self._residents.items()
+        }
+        self._pinned = [name for name in self._pinned if name in {blocks[index] for index in plan.pinned}]
+        self.release(keep=plan.warm)
+
+    def release(self, keep: Collection[str] = (), *, pinned: bool = True) -> None:
+        """Give back all parts but those named (text, dit, vae); with `pinned` False, what the host keeps, too."""
+        if not pinned:
+            self._pinned = ()
         for name, parts in self._built().items():
             if name not in keep:
                 self._residents.pop(name, None)
                 for part in parts:
                     part.unload()
-        self._hold()
+        exhaust(self._hold())
         give_back(self.device)
 
     def _built(self) -> dict[str, list[Part]]:
@@ -326,18 +306,10 @@ class Model:
             self.pool.close()
 
 
-def _exchange(module: nn.Module, quantised: str | None, plain: str) -> Scratch:
-    """Put Linears in place for what a store holds: matrices in `quantised` form, the others in the dtype `plain`.
-
-    Returns the memory that they dequantise into.
-    """
-    scratch, dtype = Scratch(), next(module.parameters()).dtype
-    with not_counted():
-        if quantised is not None:
-            swap(module, quantised, scratch)
-        if DTYPES[plain] != dtype:
-            swap(module, plain, scratch)
-    return scratch
+def exhaust(work: Iterator[object]) -> None:
+    """Do all of it, and tell nobody how far it is."""
+    for _ in work:
+        pass
 
 
 @contextmanager

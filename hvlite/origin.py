@@ -27,6 +27,7 @@ from hvlite.weights.store import Store, is_store, open_store
 
 EMBEDDED = "shapes"
 REAL = "hunyuanvideo"
+LOOKED_UP = "text_embedding"
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed store. Its slabs are mapped, so that on a CPU a tensor is the file's own bytes."""
+    """A packed store."""
 
     store: Store
     dynamic: bool = False
     """Multiply int8 weights by int8 activations."""
+    repacks: bool = False
+    """Whether a checkpoint was named, which other flags would pack to another store."""
 
     @property
     def folder(self) -> Path:
@@ -100,8 +103,11 @@ class Packed:
         return self.store.index.formats
 
     def tensors(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """All of one slab that travels alone: dit_rest, text_embedding, clip or vae."""
-        return self.store.tensors(part)
+        """All of one slab that travels alone: dit_rest, text_embedding, clip or vae.
+
+        The table of embeddings, 1 GB, stays on disk: of it a prompt's rows alone are ever touched.
+        """
+        return self.store.mapped_tensors(part) if part == LOOKED_UP else self.store.tensors(part)
 
     def tokenizer(self, name: str) -> Path:
         return self.store.tokenizer(name)

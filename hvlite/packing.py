@@ -5,6 +5,7 @@ later run.
 """
 
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,4 +111,4 @@ def provide(
         yield from pack_model(origin.sources, origin.dims, out, formats)
     packed = find_origin(out, {}, dynamic=dynamic)
     assert isinstance(packed, Packed)
-    return packed
+    return replace(packed, repacks=True)

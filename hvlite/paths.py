@@ -3,6 +3,7 @@
 import os
 import re
 import time
+import unicodedata
 from pathlib import Path
 
 import platformdirs
@@ -37,6 +38,11 @@ def latents_folder() -> Path:
     return home() / "latents"
 
 
+def scratch_folder() -> Path:
+    """What an exact decode puts aside, in files without a name."""
+    return home() / "scratch"
+
+
 def queue_file() -> Path:
     """The queue's database."""
     return home() / "queue.db"
@@ -52,9 +58,29 @@ def preview_file(job_id: int) -> Path:
     return previews_folder() / f"{job_id}.png"
 
 
+def checkpoint_file(job_id: int) -> Path:
+    """The clip of a job between two steps, or its final latents until they are decoded."""
+    return home() / "checkpoints" / f"{job_id}.safetensors"
+
+
 def logs_folder() -> Path:
     """Where tracebacks go that the terminal does not show."""
     return home() / "logs"
+
+
+def job_log(job_id: int) -> Path:
+    """What the worker, and the libraries in it, had to say of a job."""
+    return logs_folder() / f"job-{job_id}.log"
+
+
+def worker_log(lock: str) -> Path:
+    """What a device's worker said outside of any job; each new worker begins it anew."""
+    return logs_folder() / f"worker-{lock}.log"
+
+
+def lock_file(lock: str) -> Path:
+    """Locked by whoever serves the device of that name; holds who that is."""
+    return home() / "locks" / f"{lock}.lock"
 
 
 def profile_folders() -> list[Path]:
@@ -67,9 +93,24 @@ def shipped_profile_folders() -> list[Path]:
     return [PACKAGE / "profiles", PACKAGE.parent / "profiles"]
 
 
+def tui_settings_file() -> Path:
+    """What a user wants of the terminal UI: theme, keys, player. Only read."""
+    return home() / "tui.toml"
+
+
+def tui_state_file() -> Path:
+    """What the terminal UI remembers: the theme, prompts, templates."""
+    return home() / "tui.json"
+
+
 def rates_file() -> Path:
     """How fast this machine was measured to be, by `hvlite doctor --measure`."""
     return home() / "rates.json"
+
+
+def default_model() -> str:
+    """What is rendered with where nobody says: the real model once it is downloaded, else the embedded one."""
+    return "hunyuanvideo" if (models_folder() / "hunyuanvideo").is_dir() else "shapes"
 
 
 def enclosing_model(file: Path) -> Path | None:
@@ -84,6 +125,10 @@ def job_stem(job_id: int, prompt: str, seed: int, created: float) -> str:
 
 
 def output_stem(prompt: str, seed: int, stamp: str) -> str:
-    """A file name without suffix: time stamp, first words of the prompt, seed. Safe on every file system."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()[:200]).strip("-")
+    """A file name without suffix: time stamp, first words of the prompt, seed. Safe on every file system.
+
+    Letters lose their accents; those of other scripts are left out.
+    """
+    plain = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", prompt[:200])).lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
     return "_".join(part for part in (stamp, words[:60].rstrip("-"), f"seed{seed}") if part)

@@ -3,23 +3,37 @@
 No torch: the command line and the terminal UI plan while one types.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Literal
 
 from hvlite.dims import HUNYUANVIDEO, ModelDims, latent_shape
-from hvlite.errors import RequestError
-from hvlite.memory.choice import Asked, Budget, Inputs
-from hvlite.memory.geometry import AUTO, EXACT, AskedTiles, parse_tiles
+from hvlite.memory.choice import Asked, Budget, Inputs, Others
+from hvlite.memory.geometry import AUTO, AskedTiles, parse_tiles
 from hvlite.memory.needs import Clip
 from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Stage, Stored, Task
-from hvlite.profile import CPU, GIB, Knobs, Profile, Room, Verdict, budget_bytes, host_budget
+from hvlite.profile import (
+    CPU,
+    GIB,
+    Knobs,
+    Profile,
+    Room,
+    Verdict,
+    budget_bytes,
+    card_profiles,
+    host_budget,
+    load_profile,
+)
 from hvlite.request import Request, ResolvedRequest
 from hvlite.weights.layout import Formats, slab_placements, store_bytes
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Kind = Literal["cuda", "cpu"]
 STORED_AS = {"int8-dynamic": "int8"}
+# What a plan that does not fit may advise.
+SMALLER = ("int8", "nf4")
 # A model whose weights take no more is loaded whole, from its checkpoint.
 SMALL_BYTES = 1 << 30
 
@@ -28,7 +42,8 @@ SMALL_BYTES = 1 << 30
 class Setting:
     """A model on a machine. `formats` are None for a checkpoint, whose parts are loaded whole.
 
-    `kind` is cuda or cpu; `attention` the back end; `dynamic` int8 weights are multiplied by int8 activations.
+    `kind` is cuda or cpu; `attention` the back end; `dynamic` int8 weights are multiplied by int8 activations;
+    `repacks`: with other flags the weights would be packed to other formats.
     """
 
     dims: ModelDims
@@ -36,6 +51,7 @@ class Setting:
     kind: Kind
     attention: str = "sdpa"
     dynamic: bool = False
+    repacks: bool = False
 
 
 def text_dtype(kind: str, dtype: Dtype) -> Dtype:
@@ -70,19 +86,21 @@ def formats_for(dims: ModelDims, profile: Profile, *, asked: bool) -> Formats | 
 
 def setting_of(dims: ModelDims, profile: Profile, *, asked: bool = False, kind: Kind | None = None) -> Setting:
     """What a run under this profile would meet, on a machine as it is named."""
+    formats = formats_for(dims, profile, asked=asked)
     return Setting(
         dims=dims,
-        formats=formats_for(dims, profile, asked=asked),
-        kind=kind or ("cpu" if profile.name == CPU else "cuda"),
+        formats=formats,
+        kind=kind or profile.kind,
         attention=profile.attention or "sdpa",
         dynamic=profile.weights == "int8-dynamic",
+        repacks=formats is not None,
     )
 
 
 def named_room(profile: Profile) -> Room:
     """The machine that a profile is named after: its card, with nothing else on it."""
     named = round(profile.memory_gib * GIB)
-    return Room(kind=CPU if profile.name == CPU else "cuda", total_bytes=named, free_bytes=named)
+    return Room(kind=profile.kind, total_bytes=named, free_bytes=named)
 
 
 def fits_by_plan(profile: Profile, room: Room) -> Verdict:
@@ -133,8 +151,6 @@ def plan_text(prompts: int, profile: Profile, setting: Setting, room: Room | Non
 def _inputs(clip: Clip, profile: Profile, setting: Setting, room: Room | None, wishes: Wishes) -> Inputs:
     knobs = wishes.knobs or profile.knobs
     tiles = parse_tiles(profile.knobs.decode_tile) if wishes.tiles == AUTO else wishes.tiles
-    if tiles == EXACT:
-        raise RequestError("no clip is decoded with --decode-tile exact yet; the nearest is --decode-tile wide")
     room = room or named_room(profile)
     return Inputs(
         task=Task(
@@ -147,9 +163,33 @@ def _inputs(clip: Clip, profile: Profile, setting: Setting, room: Room | None, w
             text_dtype=text_dtype(setting.kind, profile.dtype),
             vae_dtype=vae_dtype(setting.kind, profile.dtype),
         ),
-        budget=Budget(device_bytes=budget_bytes(profile, room), host_bytes=host_budget(profile, room)),
+        budget=Budget(
+            device_bytes=budget_bytes(profile, room),
+            host_bytes=host_budget(profile, room),
+            disk_bytes=room.disk_bytes,
+        ),
         asked=Asked(token_chunk=knobs.token_chunk, head_groups=knobs.head_groups, tiles=tiles),
         stages=wishes.stages,
+        others=partial(_others, profile, setting, room),
+    )
+
+
+def _others(profile: Profile, setting: Setting, room: Room) -> Others:
+    """Smaller formats, where the weights can be packed anew, and the profiles that would leave more of this machine."""
+    formats = setting.formats
+    if formats is None:
+        return Others()
+    larger = [load_profile(name) for name in card_profiles() if setting.kind != CPU]
+    larger = [each for each in larger if budget_bytes(each, room) > budget_bytes(profile, room)]
+    same = [each for each in larger if formats_for(setting.dims, each, asked=True) == formats]
+    pairs = product(dict.fromkeys((formats.weights, *SMALLER)), dict.fromkeys((formats.text_weights, *SMALLER)))
+    others = [replace(formats, weights=weights, text_weights=text) for weights, text in pairs][1:]
+    return Others(
+        formats=[stored(replace(setting, formats=each), profile.dtype) for each in others] if setting.repacks else [],
+        profiles=[
+            (each.name, Budget(device_bytes=budget_bytes(each, room), host_bytes=host_budget(each, room)))
+            for each in same
+        ],
     )
 
 

@@ -52,6 +52,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    kind: Literal["cuda", "cpu"] = "cuda"
+    """Whether it is of a card; a user's own is of what its base is of."""
     memory_gib: Annotated[float, Meta(gt=0, le=4096, description="a number of GiB above 0")]
     reserve_gib: Annotated[float, Meta(ge=0, le=4096, description="a number of GiB from 0 to below memory_gib")]
     host_gib: Annotated[float, Meta(ge=0, le=65536, description="a number of GiB, 0 or more")] = 0.0
@@ -70,8 +72,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.knobs.attention == "auto" else self.knobs.attention
 
 
+OWN = ("name", "kind", "knobs")
 _KNOBS = {field.name: field.type for field in msgspec.structs.fields(Knobs)}
-_PLAIN = {field.name: field.type for field in msgspec.structs.fields(Profile) if field.name not in ("name", "knobs")}
+_PLAIN = {field.name: field.type for field in msgspec.structs.fields(Profile) if field.name not in OWN}
 SETTINGS: Mapping[str, Any] = {**_PLAIN, **_KNOBS}
 """Every key of a profile's file, in order, and its type."""
 _REQUIRED = [field.name for field in msgspec.structs.fields(Profile) if field.required and field.name != "name"]
@@ -110,10 +113,10 @@ class Overrides:
     """Form of the text encoder's weights."""
     attention: Attention | None = None
     """Attention back end (flash-attn where it is installed, else torch's fused kernels)."""
-    token_chunk: int | None = None
-    """Tokens that pass through a projection at once, a multiple of 64 (by plan)."""
-    head_groups: int | None = None
-    """Groups of heads that attend one after the other (by plan)."""
+    token_chunk: int | Auto | None = None
+    """Tokens that pass through a projection at once, a multiple of 64, or auto (by plan)."""
+    head_groups: int | Auto | None = None
+    """Groups of heads that attend one after the other, or auto (by plan)."""
 
     def overrides(self) -> dict[str, object]:
         """By the keys of a profile, as `load_profile` takes them."""
@@ -147,20 +150,20 @@ def load_profile(name: str | Path, **overrides: Any) -> Profile:
 def read_profile(name: str | Path, **overrides: Any) -> LoadedProfile:
     """As `load_profile`, with sources. `name` is a profile's name, or the path of a file that ends in .toml."""
     file = Path(name).expanduser() if str(name).endswith(".toml") else _find(str(name), paths.profile_folders())
-    values, sources = _layers(file)
+    values, sources, base = _layers(file)
     for key, value in overrides.items():
         if value is not None:
             values[key], sources[key] = value, flag_of(key)
     _check_keys(values, sources)
     return LoadedProfile(
-        profile=_checked(file, values, sources),
+        profile=_checked(file, values, sources, "cpu" if CPU in (file.stem, base) else "cuda"),
         file=file,
         sources={key: sources.get(key, BUILT_IN) for key in SETTINGS},
     )
 
 
-def _layers(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a file over those of its base, and the file that each came from."""
+def _layers(file: Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+    """The values of a file over those of its base, the file that each came from, and the base's name."""
     own = _read_toml(file)
     base = own.pop(BASE, None)
     values: dict[str, Any] = {}
@@ -171,7 +174,7 @@ def _layers(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         below = _find(base, paths.shipped_profile_folders(), f"{file}: {BASE}: ")
         values = _read_toml(below)
         sources = dict.fromkeys(values, str(below))
-    return values | own, sources | dict.fromkeys(own, str(file))
+    return values | own, sources | dict.fromkeys(own, str(file)), base
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -202,14 +205,17 @@ def _check_keys(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
             raise ProfileError(f"{sources[key]}: unknown key {key!r}{hint}")
 
 
-def _checked(file: Path, values: Mapping[str, Any], sources: Mapping[str, str]) -> Profile:
+def _checked(
+    file: Path, values: Mapping[str, Any], sources: Mapping[str, str], kind: Literal["cuda", "cpu"]
+) -> Profile:
     """The Profile of values with known keys; each is checked by itself, so that an error names it."""
     for key in _REQUIRED:
         if key not in values:
             raise ProfileError(f'{file}: {key} is missing; state it, or start from a shipped profile: {BASE} = "24g"')
     converted = {key: _converted(key, value, sources[key]) for key, value in values.items()}
     knobs = Knobs(**{key: value for key, value in converted.items() if key in _KNOBS})
-    profile = Profile(name=file.stem, knobs=knobs, **{key: converted[key] for key in converted if key in _PLAIN})
+    plain = {key: converted[key] for key in converted if key in _PLAIN}
+    profile = Profile(name=file.stem, kind=kind, knobs=knobs, **plain)
     if profile.reserve_gib >= profile.memory_gib:
         where = " with ".join(dict.fromkeys((sources["memory_gib"], sources["reserve_gib"])))
         raise ProfileError(
@@ -236,12 +242,14 @@ class Room:
     """What a run finds on its device: `kind` is cuda or cpu; on the CPU, bytes are RAM's.
 
     `host_bytes` is the RAM that this process can still take beside a card; None: as much as the profile says.
+    `disk_bytes` is what an exact decode may put on disk; None: nobody has looked.
     """
 
-    kind: str
+    kind: Literal["cuda", "cpu"]
     total_bytes: int
     free_bytes: int
     host_bytes: int | None = None
+    disk_bytes: int | None = None
 
     @property
     def usable_bytes(self) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvlite.errors import ExitCode
-from hvlite.events import BlockDone, Chosen, Event, Finished, Note, Saved, Stage, TileDone
+from hvlite.events import BlockDone, Chosen, Event, Finished, Loaded, Note, Saved, Stage, TileDone
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,6 +82,10 @@ class Talk:
                 self.close()
                 if name in STAGE_WORDS:
                     self.say(STAGE_WORDS[name])
+            case Loaded(done, total):
+                self.advance("load", done, total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB of weights")
+                if done == total:
+                    self.close()
             case BlockDone():
                 done = event.step * event.blocks + event.block + 1
                 where = f"step {event.step + 1}/{event.steps} block {event.block + 1}/{event.blocks}"
@@ -211,7 +215,7 @@ class Stop:
                 self.talk.event(event)
                 if isinstance(event, Stage):
                     self.deferred = event.name in ("denoise", "decode")
-                if self.code is not None and isinstance(event, BlockDone | TileDone | Stage):
+                if self.code is not None and isinstance(event, Loaded | BlockDone | TileDone | Stage):
                     raise Interrupted(self.code)
         finally:
             self.deferred = False

@@ -1,7 +1,7 @@
 """One run of the line: what is wanted, on which model, by which plan, and what became of it so far."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from hvlite.memory.plan import Plan
 from hvlite.memory.stages import Stage
 from hvlite.metadata import MemoryUsed
 from hvlite.opened import Model
+from hvlite.profile import GIB
 from hvlite.request import ResolvedRequest
 from hvlite.unfinished import Knobs
 
@@ -26,14 +27,16 @@ from hvlite.unfinished import Knobs
 class Outputs:
     """Where results go: the new file `file` (.mp4, .png for one frame), else a free name in `folder`.
 
-    While a clip is made, its latents lie in hvlite's own folder, or in `latents`, where they stay; they are saved at
-    the first step that ends `save_seconds` or more after the last time, and always before decode. `stop_after` steps
-    the run is parked; every `preview_steps` steps there is a Preview.
+    While a clip is made, its latents lie in hvlite's own folder, or in `latents`, where they stay, or in `unfinished`,
+    where they may take the place of older ones; they are saved at the first step that ends `save_seconds` or more after
+    the last time, and always before decode. `stop_after` steps the run is parked; every `preview_steps` steps there is
+    a Preview.
     """
 
     file: Path | None = None
     folder: Path = paths.DEFAULT_OUTPUT
     latents: Path | None = None
+    unfinished: Path | None = None
     save_seconds: float = 60.0
     stop_after: int | None = None
     preview_steps: int | None = None
@@ -63,6 +66,10 @@ class Run:
     resolved: ResolvedRequest
     outputs: Outputs
     plan: Plan
+    bit_exact: bool = True
+    """Whether all of it was made with the same knobs."""
+    decoded_in: str | None = None
+    """The way to decode that was gone over to where the planned one found no memory."""
     timings: Timings = field(default_factory=Timings)
     descents: list[str] = field(default_factory=list)
 
@@ -92,7 +99,8 @@ class Run:
 
     def descend(self, leaner: Plan, where: str) -> Note:
         """Go on with `leaner`, with everything given back that was loaded for the plan before it."""
-        self.plan = leaner
+        before, self.plan = self.plan, leaner
+        self.bit_exact &= (leaner.choice.knobs, leaner.tiles) == (before.choice.knobs, before.tiles)
         self.model.release()
         note = f"out of memory in {where}: going on with {leaner.knobs_text}"
         self.descents.append(note)
@@ -130,15 +138,18 @@ class Run:
 
 
 @contextmanager
-def released(model: Model, plan: Plan) -> Iterator[None]:
-    """Give back what does not stay warm, also after a failure; a failed allocation becomes DoesNotFit."""
+def released(model: Model, plan: Callable[[], Plan]) -> Iterator[None]:
+    """Give back what the plan does not keep: first what an earlier clip left, at the end, also after a failure, the
+    rest. A failed allocation becomes DoesNotFit."""
     try:
+        model.keep_only(plan())
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise DoesNotFit(
-            f"out of memory on {device_name(model.device)}: {error}. Try a smaller --size, or fewer --frames."
+            f"out of memory on {device_name(model.device)}, with a budget of {plan().budget_bytes / GIB:.2f} GiB: "
+            f"{str(error) or type(error).__name__}. Try a smaller --size, or fewer --frames."
         ) from error
     finally:
-        model.release(keep=plan.warm)
+        model.release(keep=plan().warm)

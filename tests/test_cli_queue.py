@@ -16,6 +16,7 @@ import pytest
 from hvlite import cli_jobs, paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import ExitCode
+from hvlite.jobs.devices import take_lock
 from hvlite.jobs.job import Outcome, Progress
 from hvlite.jobs.store import open_store
 from tests.command_line import call
@@ -272,6 +273,23 @@ def test_cancel_and_pause_say_when_they_take_effect(hvlite: Call) -> None:
     assert "the queue is active" in hvlite("queue", "resume")[2]
 
 
+def test_who_queues_is_told_to_start_a_worker_where_none_runs(hvlite: Call) -> None:
+    hint = "no worker runs; start one: hvlite work"
+    assert hint in hvlite("queue", "add", "a", "--stop-after-step", "2")[2]
+    assert hint in hvlite("queue")[2]
+    hvlite("queue", "pause")
+    assert hint not in hvlite("queue", "add", "b")[2]
+    assert hint in hvlite("queue", "resume")[2]
+    lock = take_lock("GPU-1")
+    assert lock is not None
+    for command in (("add", "c"), ("cancel", "1"), ("retry", "1"), ("resume",), ()):
+        assert "no worker" not in hvlite("queue", *command)[2]
+    lock.close()
+    with open_store() as store:
+        store.claims("gone", "GPU-1", {None}).claim()
+    assert "the worker is gone; go on where it was: hvlite work" in hvlite("queue")[2]
+
+
 def test_a_paused_queue_takes_jobs_and_says_that_it_is(hvlite: Call) -> None:
     assert "the queue is paused;" in hvlite("queue", "pause")[2]
     assert "the queue is paused" in hvlite("queue", "add", "a")[2]
@@ -347,11 +365,21 @@ def test_a_dry_run_queues_nothing_and_makes_no_queue(hvlite: Call) -> None:
     assert code == ExitCode.DONE
     assert len(out.splitlines()) == 101
     assert "and 730 more" in err
+    assert "64x64x17, 16 steps: fits, " in err
+    assert "(830 clips)" in err
     assert "830 jobs, time unknown" in err
     assert not paths.queue_file().exists()
     found = json.loads(hvlite("batch", str(PROMPTS), "--dry-run", "--json")[1])
     assert (len(found["jobs"]), found["seconds"]) == (415, None)
-    assert found["jobs"][0]["line"] == 1
+    assert (found["jobs"][0]["line"], found["jobs"][0]["fits"]) == (1, True)
+
+
+def test_a_dry_run_says_what_will_not_fit(hvlite: Call, tmp_path: Path) -> None:
+    (tmp_path / "two.csv").write_text("prompt,size\na,64x64\nb,4096x4096\n")
+    code, _, err = hvlite("batch", "two.csv", "--dry-run", "--memory", "3", "--device", "cpu")
+    assert code == ExitCode.DOES_NOT_FIT
+    assert "64x64x17, 16 steps: fits" in err
+    assert "4096x4096x17, 16 steps: DOES NOT FIT" in err
 
 
 def test_a_dry_run_knows_what_like_clips_took(hvlite: Call, tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ ONE_LAYER = VaeDims(channels=(8, 16, 24, 24), layers_per_block=1, norm_groups=4,
 UNEVEN = VaeDims(channels=(8, 8, 24, 16), layers_per_block=2, norm_groups=2, latent_channels=4, scaling_factor=1.0)
 BOTH = pytest.mark.parametrize("dims", [ONE_LAYER, UNEVEN], ids=["one layer", "uneven"])
 DTYPES = {2: torch.float16, 4: torch.float32}
-HOST_BYTES = 1 << 30
 SMALL = make_tiles(16, 32, 32)
 
 
@@ -62,12 +61,11 @@ def decode(vae: Vae, latents: Tensor, spill: Spill) -> Tensor:
 
 @BOTH
 @pytest.mark.parametrize("shape", [(1, 4, 5), (2, 3, 4), (5, 4, 3), (9, 5, 6)], ids=str)
-@pytest.mark.parametrize("host_bytes", [0, 100_000, HOST_BYTES], ids=["disk", "both", "host"])
-def test_it_is_the_untiled_decode(dims: VaeDims, shape: tuple[int, int, int], host_bytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "host"])
+def test_it_is_the_untiled_decode(dims: VaeDims, shape: tuple[int, int, int], on_disk: bool, tmp_path: Path) -> None:
     latents = clip(dims, *shape)
-    with Spill(torch.float32, CPU, host_bytes, tmp_path) as spill:
+    with Spill(torch.float32, CPU, tmp_path if on_disk else None) as spill:
         decoded = decode(model(dims), latents, spill)
-        assert spill.free_bytes == host_bytes
     # nothing is summed in another order: equal bits
     assert torch.equal(decoded, model(dims).decode(latents)[0])
     assert list(tmp_path.iterdir()) == []
@@ -79,7 +77,7 @@ def test_in_small_pieces_too(dims: VaeDims, elements: int, monkeypatch: pytest.M
     latents = clip(dims, 6, 4, 3)
     expected = model(dims).decode(latents)[0]
     monkeypatch.setattr(causal, "CONV_ELEMENTS_CPU", elements)
-    with Spill(torch.float32, CPU, HOST_BYTES, tmp_path) as spill:
+    with Spill(torch.float32, CPU) as spill:
         pieces = list(exact_decode(model(dims), latents, spill))
     frames = [piece for piece in pieces if piece is not None]
     assert len(frames) > 1
@@ -91,7 +89,7 @@ def test_a_long_clip_has_statistics_of_the_whole(tmp_path: Path) -> None:
     quiet = clip(ONE_LAYER, 9, 3, 3)
     loud = quiet.clone()
     loud[:, :, 8] *= 20
-    with Spill(torch.float32, CPU, HOST_BYTES, tmp_path) as spill:
+    with Spill(torch.float32, CPU) as spill:
         first = decode(model(ONE_LAYER), quiet, spill)[:, 0]
         assert (decode(model(ONE_LAYER), loud, spill)[:, 0] - first).abs().max() > 0.01
 
@@ -104,7 +102,7 @@ def test_the_device_holds_what_is_predicted(
 ) -> None:
     vae, dtype = on_meta(dims, dtype_bytes), DTYPES[dtype_bytes]
     latents = torch.empty(1, dims.latent_channels, *shape, device="meta", dtype=dtype)
-    spill = Spill(dtype, torch.device("meta"), 0, tmp_path)
+    spill = Spill(dtype, torch.device("meta"), tmp_path)
     pieces = 0
 
     def run() -> None:
@@ -163,7 +161,7 @@ class Counted:
 @BOTH
 def test_storage_and_traffic_are_what_is_predicted(dims: VaeDims, tmp_path: Path) -> None:
     latents = clip(dims, 5, 4, 6)
-    with Spill(torch.float32, CPU, HOST_BYTES, tmp_path) as spill:
+    with Spill(torch.float32, CPU) as spill:
         counting = Counting(spill)
         for _ in exact_decode(model(dims), latents, counting):
             pass
@@ -181,7 +179,7 @@ def test_the_real_one_is_affordable() -> None:
     assert needs.device_bytes < 2e9
     assert needs.stored_bytes == pytest.approx(91.3e9, rel=0.001)
     assert needs.flops == pytest.approx((2010 + 231) * 1e12, rel=0.01)
-    assert needs.seconds(tflops=100, gb_per_s=3.5) == pytest.approx(22.5 + 231, rel=0.02)
+    assert needs.read_bytes + needs.written_bytes == pytest.approx(808e9, rel=0.02)
 
 
 def test_a_full_disk_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,19 +187,20 @@ def test_a_full_disk_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    spill = Spill(torch.float32, CPU, 0, tmp_path)
+    spill = Spill(torch.float32, CPU, tmp_path)
     with pytest.raises(OutputError, match=r"needs 2\.00 GiB more in .*GiB is free: No space left.*--decode-tile auto"):
         spill.new((1, 2, 64, 64, 65536))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="nowhere"):
-        Spill(torch.float32, CPU, 0, tmp_path / "nowhere").new((1, 1, 1, 1, 1))
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file/below"):
+        Spill(torch.float32, CPU, tmp_path / "file" / "below").new((1, 1, 1, 1, 1))
 
 
 def test_an_abandoned_decode_leaves_no_file_open(tmp_path: Path) -> None:
-    with Spill(torch.float32, CPU, 0, tmp_path) as spill:
+    with Spill(torch.float32, CPU, tmp_path) as spill:
         pieces = exact_decode(model(ONE_LAYER), clip(ONE_LAYER, 3, 4, 4), spill)
         for _ in range(5):
             next(iter(pieces))
@@ -221,7 +220,7 @@ def open_files(folder: Path) -> int:
 
 
 def test_no_grad_mode_is_left_behind(tmp_path: Path) -> None:
-    with Spill(torch.float32, CPU, HOST_BYTES, tmp_path) as spill:
+    with Spill(torch.float32, CPU) as spill:
         for piece in exact_decode(model(ONE_LAYER), clip(ONE_LAYER, 2, 2, 2), spill):
             assert torch.is_grad_enabled()
             assert piece is None or not piece.requires_grad
@@ -232,7 +231,7 @@ def test_without_memory_for_it_the_clip_is_begun_anew_in_tiles(tmp_path: Path) -
 
     def pieces() -> Iterator[Tensor | None]:
         left = 0
-        with Spill(torch.float32, CPU, HOST_BYTES, tmp_path) as spill:
+        with Spill(torch.float32, CPU) as spill:
             for piece in exact_decode(vae, latents, spill):
                 left += 0 if piece is None else piece.shape[1]
                 yield piece
@@ -254,7 +253,7 @@ def test_without_memory_for_it_the_clip_is_begun_anew_in_tiles(tmp_path: Path) -
 def test_as_a_rung_its_steps_are_counted_and_its_frames_are_fp32(tmp_path: Path) -> None:
     latents, vae = clip(ONE_LAYER, 3, 4, 4), model(ONE_LAYER)
     count = exact_needs(ONE_LAYER, LatentShape(3, 4, 4), 4, "cpu").chunks
-    with Spill(torch.float32, CPU, HOST_BYTES, tmp_path) as spill:
+    with Spill(torch.float32, CPU) as spill:
         rung = untiled_rung("exact", lambda: exact_decode(vae, latents, spill), count)
         steps = [step for step in decode_on_ladder([rung], is_out_of_memory, lambda: None)]
     assert [(step.tile, step.tiles) for step in steps if isinstance(step, TileStep)] == [

@@ -1,5 +1,6 @@
 """Which tiles: what the flag says, what fits a budget, and what comes next on the ladder."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
@@ -7,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvlite.dims import HUNYUANVIDEO, LatentShape, latent_shape
-from hvlite.errors import DoesNotFit, RequestError
+from hvlite.errors import RequestError
 from hvlite.memory.decode_needs import decode_tile_bytes, encode_tile_bytes
 from hvlite.memory.geometry import (
-    choose_geometry,
+    Exact,
+    Need,
     decoded_volume,
     ladder,
     make_tiles,
@@ -96,58 +98,38 @@ def test_what_is_no_tile_is_refused_with_its_numbers(text: str, message: str) ->
         parse_tiles(text)
 
 
-# Weights of the decoder: 0.27 GiB. The published tile needs 3.24 GiB beside them.
+def first_that_fits(
+    candidates: Iterable[TileGeometry], available_gib: float, need: Need = NEED, shape: LatentShape = LARGE
+) -> str:
+    return next(named(tiles) for tiles in candidates if tile_need(shape, tiles, need) <= available_gib * GIB)
+
+
+# Beside the decoder's weights, 0.27 GiB.
 @pytest.mark.parametrize(
     ("available_gib", "chosen"),
-    [(5.0, "65x256x256"), (3.3, "65x256x256"), (3.0, "65x192x192"), (1.5, "65x128x128"), (0.4, "65x64x64")],
+    [
+        (3.3, "65x256x256"),
+        (3.0, "65x192x192"),
+        (1.5, "65x128x128"),
+        (0.4, "65x64x64"),
+        (0.3, "49x64x64"),
+        (0.15, "17x64x64"),
+    ],
 )
-def test_the_published_tile_where_it_fits_else_a_smaller_one_of_the_same_length(
-    available_gib: float, chosen: str
-) -> None:
-    assert named(choose_geometry(LARGE, NEED, int(available_gib * GIB))) == chosen
+def test_tiles_get_smaller_in_space_and_only_then_shorter(available_gib: float, chosen: str) -> None:
+    assert first_that_fits([PUBLISHED_TILES, *ladder(PUBLISHED_TILES, LARGE)], available_gib) == chosen
 
 
-def test_only_then_a_shorter_one() -> None:
-    assert named(choose_geometry(LARGE, NEED, int(0.3 * GIB))) == "49x64x64"
-    assert named(choose_geometry(LARGE, NEED, int(0.15 * GIB))) == "17x64x64"
-    with pytest.raises(DoesNotFit, match=r"17x64x64\+4x16x16 needs 0\.1\d GiB .* 0\.05 GiB is there.*--size"):
-        choose_geometry(LARGE, NEED, int(0.05 * GIB))
+def test_whole_frames_as_long_as_they_fit() -> None:
+    wide = wide_ladder(LARGE)
+    assert first_that_fits(wide, 60) == "65x720x1280"
+    assert first_that_fits(wide, 20) == "17x720x1280"
+    assert decoded_volume(LARGE, wide[0]) == pytest.approx((17 + 17 + 9) / 33)
 
 
-@pytest.mark.parametrize("size", HUNYUANVIDEO.defaults.known_sizes)
-@pytest.mark.parametrize("frames", [129, 65, 1])
-def test_what_is_chosen_fits_and_nothing_earlier_on_the_ladder_does(size: tuple[int, int], frames: int) -> None:
-    shape = latent_shape(size, frames, REAL)
-    for available in (int(gib * GIB) for gib in (0.2, 0.7, 1.9, 3.5)):
-        chosen = choose_geometry(shape, NEED, available)
-        assert tile_need(shape, chosen, NEED) <= available
-        for earlier in [PUBLISHED_TILES, *ladder(PUBLISHED_TILES, shape)]:
-            if earlier == chosen:
-                break
-            assert tile_need(shape, earlier, NEED) > available
-
-
-def test_wide_is_the_longest_whole_frame_that_fits() -> None:
-    whole = choose_geometry(LARGE, NEED, 60 * GIB, "wide")
-    assert named(whole) == "65x720x1280"
-    assert decoded_volume(LARGE, whole) == pytest.approx((17 + 17 + 9) / 33)
-    assert named(choose_geometry(LARGE, NEED, 20 * GIB, "wide")) == "17x720x1280"
-    with pytest.raises(DoesNotFit, match=r"17x720x1280\+4x0x0 needs 1\d\.\d+ GiB .* 4\.00 GiB .*--decode-tile auto"):
-        choose_geometry(LARGE, NEED, 4 * GIB, "wide")
-
-
-def test_a_geometry_that_is_named_is_taken_or_refused() -> None:
-    asked = parse_tiles("65x384")
-    assert isinstance(asked, TileGeometry)
-    assert choose_geometry(LARGE, NEED, 8 * GIB, asked) == asked
-    with pytest.raises(DoesNotFit, match="65x384x384"):
-        choose_geometry(LARGE, NEED, 5 * GIB, asked)
-
-
-def test_the_same_for_encode() -> None:
+def test_encoding_takes_less() -> None:
     need = partial(encode_tile_bytes, REAL, dtype_bytes=2)
-    assert choose_geometry(LARGE, need, 3 * GIB) == PUBLISHED_TILES
-    assert named(choose_geometry(LARGE, need, 2 * GIB)) == "65x192x192"
+    assert first_that_fits([PUBLISHED_TILES, *ladder(PUBLISHED_TILES, LARGE)], 2.2, need) == "65x256x256"
 
 
 def test_the_ladder_of_a_large_clip() -> None:
@@ -201,6 +183,11 @@ def test_on_the_ladder_tiles_keep_the_temporal_grid_while_they_shrink_in_space()
 )
 def test_the_decoded_volume_is_that_of_the_spec(size: tuple[int, int], factor: float) -> None:
     assert decoded_volume(latent_shape(size, 129, REAL), PUBLISHED_TILES) == pytest.approx(factor, abs=0.006)
+
+
+def test_without_tiles_nothing_is_decoded_twice() -> None:
+    assert decoded_volume(LARGE, Exact()) == 1.0
+    assert parse_tiles(tiles_text(Exact())) == "exact"
 
 
 def test_tiles_cover_the_clip_once_where_nothing_overlaps() -> None:

@@ -29,6 +29,9 @@ LIGHT = (
     "hvlite.memory.exact_needs",
     "hvlite.memory.plan",
     "hvlite.jobs.job",
+    "hvlite.jobs.supervisor",
+    "hvlite.jobs.worker",
+    "hvlite.cli_work",
     "hvlite.jobs.store",
     "hvlite.jobs.batch",
     "hvlite.jobs.eta",
@@ -126,6 +129,10 @@ def test_front_ends_and_arithmetic_leave_the_heavy_libraries_alone() -> None:
     assert "hvlite" in light
 
     assert json.loads(run_python(FIND_CULPRITS, (light, HEAVY))) == {}
+
+
+def test_a_worker_that_goes_on_with_a_clip_does_without_encoders() -> None:
+    assert json.loads(run_python(FIND_CULPRITS, (["hvlite.jobs.render"], ["transformers"]))) == {}
 
 
 def test_each_module_imports_on_its_own() -> None:

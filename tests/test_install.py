@@ -329,7 +329,7 @@ def imported_packages() -> set[str]:
 
 
 # Extras, imported where present: under the name of the module where the package is absent.
-OPTIONAL = {"flash_attn", "flash-attn", "sageattention"}
+OPTIONAL = {"flash_attn", "flash-attn", "sageattention", "textual_image", "textual-image", "pillow"}
 
 
 def test_the_declared_packages_are_the_imported_ones() -> None:

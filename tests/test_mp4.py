@@ -68,6 +68,11 @@ def packets(path: Path) -> list[bytes]:
         return [bytes(packet) for packet in container.demux(video=0)]
 
 
+def times(path: Path) -> list[tuple[int | None, int | None]]:
+    with av.open(str(path)) as container:
+        return [(packet.pts, packet.dts) for packet in container.demux(video=0)]
+
+
 def top_boxes(content: bytes) -> list[bytes]:
     """The outermost boxes of an mp4, in order; an independent reading of the format."""
     boxes, position = [], 0
@@ -437,3 +442,19 @@ def test_metadata_are_read_without_torch() -> None:
     code = "import sys, hvlite.video.mp4, hvlite.video.png; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_a_text_that_is_another_at_the_end_is_the_one_that_is_kept(tmp_path: Path) -> None:
+    """As where memory ran out in the middle: all packets stay as they are."""
+    said = ['{"tiles": "large"}']
+    with open_mp4(tmp_path / "late.mp4", metadata=lambda: said[-1], title="x") as add:
+        for frame in waves(30):
+            add(frame)
+        said.append('{"tiles": "small", "why": "out of memory in decode: going on with 65x192x192 from frame 49"}')
+    write_mp4(tmp_path / "known.mp4", waves(30), metadata=said[-1], title="x")
+    assert read_metadata(tmp_path / "late.mp4") == said[-1]
+    assert packets(tmp_path / "late.mp4") == packets(tmp_path / "known.mp4")
+    assert times(tmp_path / "late.mp4") == times(tmp_path / "known.mp4")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["known.mp4", "late.mp4"]
+    late, known = (list(read_frames(tmp_path / name)) for name in ("late.mp4", "known.mp4"))
+    assert np.array_equal(late, known)

@@ -25,7 +25,8 @@ from hvlite.memory.trace import Trace
 from hvlite.model.dit import Activations, Conditioning, Dit
 from hvlite.model.ops import token_chunks
 from hvlite.model.text import TEMPLATES, TEXT_TOKENS, build_clip
-from hvlite.opened import DTYPES, USED_BY_STEPS
+from hvlite.opened import USED_BY_STEPS
+from hvlite.part import DTYPES
 from hvlite.quant.swap import swap
 
 GIB = 1 << 30

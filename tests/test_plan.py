@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from hvlite.dims import HUNYUANVIDEO, latent_shape
 from hvlite.errors import DoesNotFit, ExitCode
-from hvlite.memory.advice import Others
-from hvlite.memory.choice import Asked, Budget, Inputs
+from hvlite.memory.choice import Asked, Budget, Inputs, Others
+from hvlite.memory.geometry import EXACT, Exact
 from hvlite.memory.needs import Knobs
 from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Choice, Stage, stage_need
-from hvlite.memory.tiers import spread
-from hvlite.memory.tiles import PUBLISHED_TILES
+from hvlite.memory.tiers import STAGING, spread
+from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
 from tests.plans import GIB, HD, PROFILES, SMALL, clip_of, inputs_of, profile_inputs, stored
 
 BLOCKS = HUNYUANVIDEO.dit.blocks
@@ -54,7 +54,10 @@ def test_large_cards_keep_everything_between_clips() -> None:
     assert plan.resident_blocks == BLOCKS
     assert plan.text_residents == tuple(range(HUNYUANVIDEO.llama.used_layers))
     assert (plan.head_groups, plan.token_chunk) == (1, 2048)
-    assert plan.bytes_per_step == plan.host_bytes == 0
+    assert plan.bytes_per_step == 0
+    slabs = plan.inputs.task.stored.slabs
+    passing = [size for name, size in slabs.items() if name.startswith(("text_layers", "double", "single"))]
+    assert plan.host_bytes == STAGING * max(passing)  # through which all of it came once
     cold = make_plan(profile_inputs("6g", clip_of(*HD)))
     assert not cold.warm
     assert not cold.text_residents
@@ -86,9 +89,54 @@ def test_what_was_asked_for_is_kept() -> None:
 def test_smaller_tiles_where_the_published_ones_do_not_fit_and_a_note() -> None:
     plan = make_plan(inputs_of(clip_of(*SMALL), 3.4, 12, stored("bf16", "nf4")))
     assert plan.fits
+    assert isinstance(plan.tiles, TileGeometry)
     assert plan.tiles.height < PUBLISHED_TILES.height
     assert plan.tiles.frames == PUBLISHED_TILES.frames
     assert any("decode tiles" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_an_exact_decode_fits_every_card_and_goes_to_disk(name: str) -> None:
+    plan = make_plan(profile_inputs(name, clip_of(*HD), asked=Asked(tiles=EXACT)))
+    assert plan.fits
+    assert plan.spilled is not None
+    assert (plan.tiles, plan.spilled.place, plan.decoded_volume) == (Exact(), "disk", 1.0)
+    assert plan.spilled.nbytes == pytest.approx(91.3e9, rel=0.001)
+    assert any("85.03 GiB on disk" in note for note in plan.notes)
+    assert json.loads(json.dumps(plan.as_dict()))["decode_tile"] == "exact"
+
+
+def test_a_small_clip_is_kept_in_the_hosts_memory_beside_its_weights() -> None:
+    small = clip_of((256, 256), 33)
+    plan = make_plan(profile_inputs("24g", small, asked=Asked(tiles=EXACT)))
+    assert plan.spilled is not None
+    assert plan.spilled.place == "host"
+    tight = make_plan(
+        inputs_of(small, 22, plan.spilled.nbytes / GIB - 0.01, stored("int8", "nf4"), asked=Asked(tiles=EXACT))
+    )
+    assert tight.tiles == Exact(on_disk=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_with_both_numbers_and_what_fits() -> None:
+    inputs = profile_inputs("24g", clip_of(*HD), asked=Asked(tiles=EXACT))
+    inputs = replace(inputs, budget=replace(inputs.budget, disk_bytes=40 * GIB))
+    plan = make_plan(inputs)
+    assert not plan.fits
+    with pytest.raises(
+        DoesNotFit, match=r"85\.03 GiB in .*scratch, where 40\.00 GiB may be used\. Try --decode-tile auto"
+    ):
+        plan.check()
+    assert make_plan(replace(inputs, stages=("denoise",))).fits
+
+
+def test_what_follows_an_exact_decode_is_what_would_be_taken_without_asking() -> None:
+    plan = make_plan(profile_inputs("24g", clip_of(*HD), asked=Asked(tiles=EXACT)))
+    colder = plan.next_rung("decode")
+    assert colder is not None
+    assert (colder.tiles, colder.warm) == (Exact(), ())
+    tiled = colder.next_rung("decode")
+    assert tiled is not None
+    assert tiled.tiles == PUBLISHED_TILES
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,11 +168,11 @@ def test_more_frames_never_take_less(frames: int, groups: int, chunk: int) -> No
 def changed(inputs: Inputs, flags: str) -> Inputs:
     """What a user does who follows the advice."""
     task, clip = inputs.task, inputs.task.clip
-    for flag, value in re.findall(r"--(\S+) (\S+)", flags):
+    for flag, value in re.findall(r"--(\S+) ([^-]\S*(?: \d+)?)", flags):
         if flag == "frames":
             clip = replace(clip, shape=replace(clip.shape, frames=(int(value) - 1) // 4 + 1))
         elif flag == "size":
-            height, width = map(int, value.split("x"))
+            height, width = map(int, value.split())
             frames = (clip.shape.frames - 1) * 4 + 1
             clip = replace(clip, shape=latent_shape((height, width), frames, HUNYUANVIDEO.vae))
         elif flag == "cfg-scale":
@@ -157,16 +205,16 @@ def changed(inputs: Inputs, flags: str) -> Inputs:
     ],
 )
 def test_what_does_not_fit_is_refused_with_changes_that_do(inputs: Inputs, stage: Stage) -> None:
-    plan = make_plan(inputs)
-    assert not plan.fits
     others = Others(formats=[stored("nf4", "nf4")], profiles=[("6g", Budget(device_bytes=round(5.2 * GIB)))])
+    plan = make_plan(replace(inputs, others=lambda: others))
+    assert not plan.fits
     with pytest.raises(DoesNotFit) as refusal:
-        plan.check(others)
+        plan.check()
     assert refusal.value.exit_code is ExitCode.DOES_NOT_FIT
     need = f"{plan.stage(stage).peak_bytes / GIB:.2f} GiB in stage {stage}"
     assert need in str(refusal.value)
     assert f"the budget is {plan.budget_bytes / GIB:.2f} GiB" in str(refusal.value)
-    advice = plan.advice(others)
+    advice = plan.advice()
     assert len(advice) == 3
     for flags in advice:
         assert flags in str(refusal.value)
@@ -194,7 +242,8 @@ def test_every_rung_frees_memory_until_there_is_none_left(stage: Stage) -> None:
         assert rungs[1].resident_blocks == rungs[0].resident_blocks
         assert rungs[-1].resident_blocks == 0
     if stage == "decode":
-        assert rungs[-1].tiles.height < rungs[0].tiles.height
+        heights = [rung.tiles.height for rung in rungs if isinstance(rung.tiles, TileGeometry)]
+        assert heights[-1] < heights[0]
 
 
 def test_a_rung_leaves_alone_what_was_asked_for() -> None:

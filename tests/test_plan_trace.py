@@ -12,14 +12,17 @@ from typing import TypeVar
 import pytest
 import torch
 
-from hvlite.dims import HUNYUANVIDEO, ModelDims
+from hvlite.clip import finish_on_meta
+from hvlite.dims import HUNYUANVIDEO, ModelDims, latent_shape
 from hvlite.events import Event, Stage
 from hvlite.line import begin, denoise, generate
+from hvlite.memory.geometry import parse_tiles
 from hvlite.memory.plan import Plan
 from hvlite.memory.stages import STAGES
 from hvlite.memory.trace import Trace
 from hvlite.opened import Model
 from hvlite.origin import DimsOnly
+from hvlite.planning import Wishes
 from hvlite.profile import load_profile
 from hvlite.request import Request
 from hvlite.run import Outputs, Run
@@ -107,7 +110,7 @@ CASES = list(product(PLACES, FORMATS))[::2]  # every place with every other form
 @pytest.mark.parametrize(("place", "weights"), CASES)
 def test_plan_and_trace_agree(place: tuple[Size, str, float], weights: tuple[str, str]) -> None:
     clip, profile, memory_gib = place
-    prompts = 1 + FORMATS.index(weights) % 2
+    prompts = 1 + (PLACES.index(place) // 2 + FORMATS.index(weights)) % 2  # every format with and without guidance
     memory_gib *= 1.5 if weights[0] == "fp32" else 1
     with model_on_meta(FEW_BLOCKS, profile, weights, memory_gib=memory_gib) as model:
         check_all_but_decode(model, request_of(clip, prompts))
@@ -137,3 +140,34 @@ def test_the_whole_line_at_full_size(clip: Size, profile: str, weights: tuple[st
     assert [peak.stage for peak in trace.peaks] == ["", *STAGES]
     compare(plan, trace)
     assert trace.peak("denoise").peak_bytes < plan.budget_bytes
+
+
+def test_what_an_earlier_clip_left_is_given_back_where_it_is_not_planned_for() -> None:
+    """An image leaves more on the card than a long clip has room for; begun anew, and gone on with."""
+    with model_on_meta(FEW_BLOCKS, "16g", ("int8", "nf4"), memory_gib=4.8) as model:
+        request = request_of(SMALL, 1)
+        before, plan = (model.plan(each.resolve(model.dims)) for each in (request_of(IMAGE, 1), request))
+        assert set(before.warm) > set(plan.warm)
+        with Trace() as trace:
+            model.preload(before)
+            watched(generate(request, model), trace)
+        compare(plan, trace)
+        assert max(peak.peak_bytes for peak in trace.peaks[1:]) < plan.budget_bytes
+
+
+@pytest.mark.parametrize("tiles", ["exact", "wide"])
+def test_a_decode_holds_what_is_planned_however_it_is_cut(tiles: str) -> None:
+    """All tiles are cut, joined and given away, so nothing of them may pile up on the card."""
+    resolved = request_of((144, 208, 33), 1).resolve(FEW_BLOCKS)
+    shape = latent_shape(resolved.size, resolved.frames, FEW_BLOCKS.vae)
+    size = (1, FEW_BLOCKS.vae.latent_channels, shape.frames, shape.height, shape.width)
+    with model_on_meta(FEW_BLOCKS, "24g", ("int8", "nf4")) as model:
+        plan = model.plan(resolved, Wishes(tiles=parse_tiles(tiles)))
+        with Trace() as trace:
+            model.preload(plan)
+            latents = torch.empty(size, device="meta")
+            for event in finish_on_meta(Run(model, resolved, Outputs(), plan), latents):
+                if isinstance(event, Stage):
+                    trace.begin(event.name)
+    need = plan.stage("decode")
+    assert need.live_bytes == pytest.approx(trace.peak("decode").peak_bytes, rel=0.02), trace.peak("decode")

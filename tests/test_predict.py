@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvlite.memory.choice import Asked
+from hvlite.memory.geometry import EXACT
 from hvlite.memory.plan import make_plan
 from hvlite.memory.predict import Source, Ways, Work, predict, walk
 from hvlite.memory.rates import Compute, Curve, Rates, card_rates, find_card
@@ -133,3 +135,14 @@ def test_what_was_not_measured_costs_nothing() -> None:
     unknown = predict(plan, replace(measured, host_to_device=None))
     assert unknown.step.seconds == unknown.step.compute_s
     assert unknown.load_s == 0
+
+
+def test_what_an_exact_decode_moves_is_as_slow_as_the_disk() -> None:
+    """810 GB: what it takes on top of the work."""
+    clip = clip_of(*HD)
+    assert predict(make_plan(profile_inputs("24g", clip)), CARD).spill_s == 0
+    exact = make_plan(profile_inputs("24g", clip, asked=Asked(tiles=EXACT)))
+    assert predict(exact, CARD).spill_s == pytest.approx(809.7e9 / 3.5e9, rel=0.001)
+    small = make_plan(profile_inputs("24g", clip_of((256, 256), 33), asked=Asked(tiles=EXACT)))
+    assert small.spilled is not None
+    assert predict(small, CARD).spill_s == pytest.approx(small.spilled.moved_bytes / (31.5e9 * 0.8))

@@ -293,6 +293,8 @@ def test_output_names_are_safe_on_every_file_system() -> None:
     assert stem.startswith("20260101-000000_a-cat-walks-on-the-grass")
     assert stem.endswith("_seed7")
     assert len(stem) < 120
+    french = "Une danseuse s'\N{LATIN SMALL LETTER E WITH ACUTE}lance"
+    assert paths.output_stem(french, 7, "now") == "now_une-danseuse-s-elance_seed7"
 
 
 def test_the_hosts_share_is_what_the_profile_says_or_what_is_free() -> None:

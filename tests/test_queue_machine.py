@@ -196,8 +196,11 @@ class QueueMachine(RuleBasedStateMachine):
         for job in set(ids) - set(running):
             self.model.jobs[job].state = "cancelled"
         self.model.line = [job for job in self.model.line if job not in ids]
-        for job in running:  # so that a crash does not turn into a cancel, which the model leaves out
-            self.act(hand, "end", job=job, state="cancelled", reason="cancelled by user")
+        for job in running:  # by its worker, or given back by one that left it for another reason
+            if job % 2:
+                self.act(hand, "give_back", job=job)
+            else:
+                self.act(hand, "end", job=job, state="cancelled", reason="cancelled by user")
             self.model.worker(job, "cancelled")
 
     @rule(hand=st.integers(0, 2), numbers=picks, first=st.booleans(), action=st.sampled_from(["retry", "finish"]))
@@ -293,7 +296,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         self.act(hand, "end", job=job, state=outcome, reason=reason)
         self.model.worker(job, outcome)
-        if outcome == "done":
+        if outcome != "failed":
             self.model.streak = []
         if outcome == "failed":
             self.count_failure(reason)

@@ -19,7 +19,7 @@ from hvlite.errors import Busy
 from hvlite.weights import slab as slabs
 from hvlite.weights.layout import ALIGNMENT, PAD, PAGE, Form, place, slab_header
 from hvlite.weights.mounts import unfit_file_system
-from hvlite.weights.slab import DTYPE_WORDS, Slab, views, write_slab
+from hvlite.weights.slab import DTYPE_WORDS, LARGE_BYTES, Slab, views, write_slab
 from hvlite.weights.store import (
     INDEX,
     JOURNAL,
@@ -125,12 +125,22 @@ def map_all(store: Store) -> dict[str, Mapping[str, Tensor]]:
     return {name: store.map_slab(name) for name in store.slabs}
 
 
+def take_all(store: Store) -> dict[str, Mapping[str, Tensor]]:
+    """Every slab, tensor by tensor."""
+    return {name: dict(store.tensors(name)) for name in store.slabs}
+
+
 def verify(store: Store) -> None:
     for _ in store.verify():
         pass
 
 
-READERS: dict[str, Callable[[Store], object]] = {"read": read_all, "map": map_all, "verify": verify}
+READERS: dict[str, Callable[[Store], object]] = {
+    "read": read_all,
+    "map": map_all,
+    "tensors": take_all,
+    "verify": verify,
+}
 
 
 # Every bit.
@@ -241,10 +251,40 @@ def test_writing_to_a_mapped_tensor_changes_no_file(tmp_path: Path) -> None:
     assert same(store.map_slab("slab"), small_state())
 
 
+def test_every_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
+    """So that each goes back when it is dropped, whatever becomes of the others."""
+    large = torch.arange(LARGE_BYTES, dtype=torch.float32)
+    state = {**small_state(), "large": large, "none": torch.empty(0, 3), "one": torch.tensor(3.0)}
+    store = open_store(write_store(tmp_path / "store", {"slab": state}))
+    found = dict(store.tensors("slab"))
+    assert same({name.removeprefix("slab."): tensor for name, tensor in found.items()}, state)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
+    found["slab.large"].zero_()
+    assert same(store.map_slab("slab"), state)
+
+
+def test_a_mapped_slab_takes_no_memory_until_it_is_touched(tmp_path: Path) -> None:
+    """Also where mapping it has found its hash right: of the table of embeddings only a prompt's rows count."""
+    store = open_store(write_store(tmp_path / "store", {"slab": {"table": torch.ones(1 << 22)}}))
+    table = store.map_slab("slab")["table"]
+    assert resident_kib(store.path / "slab.safetensors") == 0
+    assert table[:1000].sum() == 1000
+    assert 0 < resident_kib(store.path / "slab.safetensors") < table.nbytes >> 10
+
+
+def resident_kib(file: Path) -> int:
+    """How much of a mapped file is in this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines())
+    assert any(line.endswith(f" {file}") for line in lines), "it is not mapped"
+    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+
 def test_names_in_the_model_are_prefix_and_name(tmp_path: Path) -> None:
     store = open_store(write_store(tmp_path / "store", {"block.0": small_state(), "block.1": small_state(5)}))
     for slab, seed_state in (("block.0", small_state()), ("block.1", small_state(5))):
-        assert same(dict(store.tensors(slab)), {f"{slab}.{name}": tensor for name, tensor in seed_state.items()})
+        named = {f"{slab}.{name}": tensor for name, tensor in seed_state.items()}
+        assert same(dict(store.tensors(slab)), named)
+        assert same(dict(store.mapped_tensors(slab)), named)
 
 
 def test_dims_come_back_exactly(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvlite.memory.tiers import moved_bytes, slot_sizes, spread
+from hvlite.memory.tiers import slot_sizes, spread
 
 
 @st.composite
@@ -37,9 +37,3 @@ def test_two_slots_of_the_largest_or_one_for_each() -> None:
     assert slot_sizes([5]) == (5,)
     assert slot_sizes([5, 9]) == (5, 9)
     assert slot_sizes([5, 9, 2]) == (9, 9)
-
-
-def test_what_has_a_slot_of_its_own_travels_once() -> None:
-    assert moved_bytes([], 50) == 0
-    assert moved_bytes([5, 9], 50) == 14
-    assert moved_bytes([5, 9, 2], 50) == 800

@@ -12,14 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hvlite import Outputs, Request, generate, open_model
+from hvlite import Outputs, Request, generate, metadata, open_model
 from hvlite.clip import decode_file
 from hvlite.errors import DoesNotFit, RequestError
 from hvlite.events import BlockDone, Event, Finished, Note, Parked, Preview, Saved, Stage, StepDone
+from hvlite.memory.geometry import make_tiles, tiles_text
 from hvlite.model.dit import Dit
 from hvlite.opened import Model
 from hvlite.unfinished import load_unfinished, save_unfinished
-from hvlite.video.mp4 import read_frames
+from hvlite.video.mp4 import read_frames, read_metadata
 
 REQUEST = Request("a red circle", steps=4, seed=2)
 GUIDED = replace(REQUEST, negative_prompt="a blue square", cfg_scale=2.5)
@@ -102,6 +103,28 @@ def test_latents_that_a_user_named_stay_there(model: Model, tmp_path: Path) -> N
     assert load_unfinished(file).progress is None
 
 
+def test_tiles_that_were_asked_for_are_kept_with_the_latents(model: Model, tmp_path: Path) -> None:
+    """By whoever finishes the clip, elsewhere and without the flag; other tiles may still be asked for."""
+    asked, latents = make_tiles(16, 72, 72), tmp_path / "kept.safetensors"
+    list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path, latents=latents, decode_tile=asked)))
+
+    def decoded(outputs: Outputs) -> str:
+        last = list(decode_file(latents, model, outputs))[-1]
+        assert isinstance(last, Finished)
+        assert last.path is not None
+        return metadata.decode(read_metadata(last.path), "clip").decode_tile
+
+    assert decoded(Outputs(folder=tmp_path)) == tiles_text(asked)
+    assert decoded(Outputs(folder=tmp_path, decode_tile="exact")) == "exact"
+
+
+def test_no_clip_is_decoded_on_meta(model: Model, tmp_path: Path, tiny_model: Path) -> None:
+    latents = tmp_path / "kept.safetensors"
+    list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path, latents=latents)))
+    with open_model(tiny_model, device="meta") as nothing, pytest.raises(RequestError, match="meta computes nothing"):
+        list(decode_file(latents, nothing, Outputs(folder=tmp_path)))
+
+
 def test_what_belongs_to_another_clip_is_refused(model: Model, tmp_path: Path, own_home: Path) -> None:
     end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, StepDone))
     file = kept(own_home)
@@ -120,6 +143,9 @@ def test_other_knobs_are_told(model: Model, tmp_path: Path, own_home: Path, monk
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=kept(own_home)))
     assert any(isinstance(event, Note) and f"threads {threads} -> {threads + 1}" in event.text for event in events)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].path is not None
+    assert not metadata.decode(read_metadata(events[-1].path), "clip").bit_exact
 
 
 def test_the_steps_before_a_failure_are_kept(

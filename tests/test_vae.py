@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hvlite.dims import HUNYUANVIDEO, VaeDims
 from hvlite.model import causal
 from hvlite.model.causal import Moments
-from hvlite.model.vae import Vae, is_for_decode, posterior_mode, posterior_sample, split_moments
+from hvlite.model.vae import USED_BY_DECODE, Vae, posterior_mode
 
 # Outputs are of size 1, and both implementations lie up to 2e-5 from what fp64 gives with these weights.
 TOLERANCE = 4e-5
@@ -221,9 +221,11 @@ def test_no_operation_meets_more_elements_than_32_bits_count(monkeypatch: pytest
 def test_a_model_that_only_decodes_has_the_names_it_says() -> None:
     with torch.device("meta"):
         whole, part = Vae(ONE_LAYER), Vae(ONE_LAYER, encodes=False)
-    assert set(part.state_dict()) == {name for name in whole.state_dict() if is_for_decode(name)}
+    assert set(part.state_dict()) == {name for name in whole.state_dict() if name.startswith(USED_BY_DECODE)}
     part = Vae(ONE_LAYER, encodes=False)
-    part.load_state_dict({name: value for name, value in ours(ONE_LAYER).state_dict().items() if is_for_decode(name)})
+    part.load_state_dict(
+        {name: value for name, value in ours(ONE_LAYER).state_dict().items() if name.startswith(USED_BY_DECODE)}
+    )
     latents = noise(1, 16, 2, 3, 4)
     assert torch.equal(part.decode(latents), ours(ONE_LAYER).decode(latents))
 
@@ -237,13 +239,6 @@ def test_loaded_weights_lie_channels_last(assign: bool) -> None:
     assert torch.equal(weight, reference(ONE_LAYER).decoder.conv_in.conv.weight)
 
 
-def test_the_posterior_is_diffusers() -> None:
-    moments = 20 * noise(2, 8, 2, 3, 3)
-    expected = DiagonalGaussianDistribution(moments)
-    mean, log_variance = split_moments(moments)
-    assert torch.equal(mean, expected.mean)
-    assert torch.equal(log_variance, expected.logvar)
-    assert torch.equal(posterior_mode(moments), expected.mode())
-    draw = noise(2, 4, 2, 3, 3, seed=5)
-    sampled = expected.sample(torch.Generator().manual_seed(5))
-    torch.testing.assert_close(posterior_sample(moments, draw), sampled, rtol=1e-6, atol=1e-6)
+def test_the_posteriors_mode_is_diffusers() -> None:
+    moments = torch.randn(1, 32, 2, 3, 4) * 20
+    assert torch.equal(posterior_mode(moments), DiagonalGaussianDistribution(moments).mode())

@@ -89,8 +89,8 @@ class How(Overrides):
     device: str | None = None
     """cpu, cuda, cuda:N or meta (by default the CUDA device with most free memory, else cpu)."""
     decode_tile: str | None = None
-    """Decode tiles: auto (by default: the published ones where they fit), published, wide, or FRAMESxHEIGHTxWIDTH such
-    as 65x256."""
+    """Decode tiles: auto (by default: the published ones where they fit), published, wide (whole frames), exact (none:
+    layers are put aside on disk), or FRAMESxHEIGHTxWIDTH such as 65x256."""
 
     def files(self) -> dict[str, Path | None]:
         """The files that replace parts, by part."""
@@ -122,13 +122,18 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a running job is. `eta` is the clock time, in seconds since 1970, at which its worker expects the end."""
+    """How far a running job is. `eta` is the clock time, in seconds since 1970, at which its worker expects the end.
+
+    `tensor_bytes` of the card are in tensors, `torch_bytes` are all that torch keeps of it; None off a card.
+    """
 
     stage: str
     step: int = 0
     steps: int = 0
     detail: str = ""
     eta: float | None = None
+    tensor_bytes: int | None = None
+    torch_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,10 @@
 """What to change where a clip does not fit: every change here was tried, and fits. No torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hvlite.dims import latent_shape
-from hvlite.memory.choice import Asked, Budget, Inputs, choose, fits
-from hvlite.memory.stages import Stored
+from hvlite.memory.choice import Asked, Inputs, Others, choose, fits
 
 CHANGES = 3
 # What a change takes away from the clip, to put the cheapest first; of frames and pixels it is their share. Formats by
@@ -23,14 +22,6 @@ FORMAT_COSTS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Others:
-    """What else there is: weights in other formats, and the budgets of other profiles by their names."""
-
-    formats: Sequence[Stored] = ()
-    profiles: Sequence[tuple[str, Budget]] = ()
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
     """A flag as a user writes it, what it costs, and what it makes of the inputs."""
@@ -39,11 +30,18 @@ class Change:
     cost: float
     inputs: Inputs
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """Its flags, each with its value."""
+        return frozenset(f" {self.flag}".split(" --")[1:])
 
-def cheapest_changes(inputs: Inputs, others: Others) -> list[str]:
-    """The flags of the three cheapest changes after which the clip fits."""
+
+def cheapest_changes(inputs: Inputs) -> list[str]:
+    """The flags of the three cheapest changes after which the clip fits; none that is another one and more."""
+    others = inputs.others()
     changes = [*_settings(inputs), *_formats(inputs, others), *_budgets(inputs, others), *_sizes(inputs)]
     found = [change for change in changes if _fits(change.inputs)]
+    found = [change for change in found if not any(other.parts < change.parts for other in found)]
     fewer = _fewer_frames(inputs)
     return [change.flag for change in sorted([*found, *fewer], key=lambda change: change.cost)[:CHANGES]]
 
@@ -94,7 +92,7 @@ def _sizes(inputs: Inputs) -> Iterator[Change]:
         if share < 1:
             cost = 1 - share + (0.01 if turned else 0)
             yield Change(
-                f"--size {height}x{width}", cost, _with_clip(inputs, height=height // ratio, width=width // ratio)
+                f"--size {height} {width}", cost, _with_clip(inputs, height=height // ratio, width=width // ratio)
             )
 
 

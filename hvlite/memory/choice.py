@@ -3,14 +3,15 @@
 And back again: what to give up next where memory ran out all the same. No torch.
 """
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from typing import Literal
 
-from hvlite.memory.geometry import WIDE, AskedTiles, ladder, smaller, wide_ladder
+from hvlite.memory.geometry import EXACT, WIDE, AskedTiles, Exact, Tiles, ladder, smaller, wide_ladder
+from hvlite.memory.host import plan_host
 from hvlite.memory.needs import Knobs
-from hvlite.memory.stages import STAGES, Choice, Part, Stage, StageNeed, Task, stage_need
+from hvlite.memory.stages import STAGES, Choice, Part, Stage, StageNeed, Stored, Task, exact_bytes, stage_need
 from hvlite.memory.tiers import spread
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
 
@@ -28,10 +29,14 @@ LEAST_GAIN = 0.08
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bytes that a run may take: of its device, and of the host for weights that are not there."""
+    """Bytes that a run may take: of its device, of the host for what is not there, of a disk for the time of a decode.
+
+    `disk_bytes` None: nobody has looked.
+    """
 
     device_bytes: int
     host_bytes: int = 0
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +49,22 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Others:
+    """What else there is: weights in other formats, and the budgets of other profiles by their names."""
+
+    formats: Sequence[Stored] = ()
+    profiles: Sequence[tuple[str, Budget]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """All that a choice is made from. `stages`: those that are still to come."""
+    """All that a choice is made from. `stages`: those that are still to come; `others`: to be asked where none fits."""
 
     task: Task
     budget: Budget
     asked: Asked = Asked()
     stages: tuple[Stage, ...] = STAGES
+    others: Callable[[], Others] = field(default=Others, compare=False, repr=False)
 
 
 def needs_of(inputs: Inputs, choice: Choice) -> tuple[StageNeed, ...]:
@@ -59,8 +73,22 @@ def needs_of(inputs: Inputs, choice: Choice) -> tuple[StageNeed, ...]:
 
 
 def fits(inputs: Inputs, choice: Choice) -> bool:
-    """Whether every stage does."""
-    return all(need.peak_bytes <= inputs.budget.device_bytes for need in needs_of(inputs, choice))
+    """Whether every stage does, and what an exact decode keeps beside the device."""
+    on_device = all(need.peak_bytes <= inputs.budget.device_bytes for need in needs_of(inputs, choice))
+    return on_device and has_room_to_spill(inputs, choice)
+
+
+def has_room_to_spill(inputs: Inputs, choice: Choice) -> bool:
+    """Whether the disk, or the host's memory beside the weights in it, takes what an exact decode keeps there."""
+    if not isinstance(choice.tiles, Exact) or "decode" not in inputs.stages:
+        return True
+    task, budget = inputs.task, inputs.budget
+    stored = exact_bytes(task).stored_bytes
+    if choice.tiles.on_disk:
+        return budget.disk_bytes is None or stored <= budget.disk_bytes
+    if task.kind == "cpu":
+        return True  # it is the device's own memory, which is counted there
+    return stored + plan_host(task, choice, budget.host_bytes).host_bytes <= budget.host_bytes
 
 
 def choose(inputs: Inputs) -> Choice:
@@ -83,7 +111,8 @@ def choose(inputs: Inputs) -> Choice:
         warmer = replace(choice, warm=choice.warm | {part})
         if fits(inputs, warmer) and (part != "dit" or choice.residents):
             choice = warmer
-    return choice
+    in_memory = replace(choice, tiles=Exact(on_disk=False))
+    return in_memory if isinstance(choice.tiles, Exact) and fits(inputs, in_memory) else choice
 
 
 def _first(inputs: Inputs, stage: Stage, choices: Iterator[Choice]) -> Choice:
@@ -107,11 +136,13 @@ def knobs_to_try(inputs: Inputs, *, easy: bool) -> list[Knobs]:
     return [Knobs(token_chunk=chunk, head_groups=number) for chunk, number in product(chunks, groups)]
 
 
-def tiles_to_try(inputs: Inputs) -> Iterator[TileGeometry]:
+def tiles_to_try(inputs: Inputs) -> Iterator[Tiles]:
     """From what the published tool does to the smallest; only the tiles that were asked for, if some were."""
     asked, shape = inputs.asked.tiles, inputs.task.clip.shape
     if isinstance(asked, TileGeometry):
         yield asked
+    elif asked == EXACT:
+        yield Exact()
     elif asked == WIDE:
         yield from wide_ladder(shape)
     else:
@@ -136,9 +167,16 @@ def _peak(inputs: Inputs, choice: Choice, stage: Stage) -> int:
 
 
 def leaner(inputs: Inputs, choice: Choice, stage: Stage) -> Choice | None:
-    """The next choice under which this stage takes clearly less; None if there is nothing left to give up."""
+    """The next choice under which this stage takes clearly less; None if there is nothing left to give up.
+
+    An exact decode is followed by tiles that fit, also where they take as much: they are the common way.
+    """
     limit = _peak(inputs, choice, stage) * (1 - LEAST_GAIN)
-    return next((each for each in _leaner_choices(inputs, choice, stage) if _peak(inputs, each, stage) <= limit), None)
+    for each in _leaner_choices(inputs, choice, stage):
+        is_other_way = isinstance(choice.tiles, Exact) and not isinstance(each.tiles, Exact)
+        if each != choice and (is_other_way or _peak(inputs, each, stage) <= limit):
+            return each
+    return None
 
 
 def _leaner_choices(inputs: Inputs, choice: Choice, stage: Stage) -> Iterator[Choice]:
@@ -153,6 +191,10 @@ def _leaner_choices(inputs: Inputs, choice: Choice, stage: Stage) -> Iterator[Ch
 
 def _smaller_tiles(inputs: Inputs, choice: Choice) -> Iterator[Choice]:
     """Also where some were asked for: other tiles are better than no clip."""
+    if isinstance(choice.tiles, Exact):
+        free = replace(inputs, asked=replace(inputs.asked, tiles="auto"))
+        yield _first(free, "decode", (replace(choice, tiles=tiles) for tiles in tiles_to_try(free)))
+        return
     tiles = smaller(choice.tiles, inputs.task.clip.shape)
     while tiles is not None:
         yield replace(choice, tiles=tiles)

@@ -54,7 +54,7 @@ def decode_on_ladder(
         try:
             yield from rung.run(joint)
             return
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
             following = next(rest, None)
@@ -90,5 +90,6 @@ def untiled_rung(name: str, pieces: Callable[[], Iterator[Tensor | None]], count
                 continue
             joint.frames += piece.shape[1]
             yield TileStep(index, count, piece.float())
+            del piece  # not to be held beside the next one
 
     return Rung(name=name, run=run)

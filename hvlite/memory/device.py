@@ -4,6 +4,8 @@
 it, and the marks that order copies and computing. Only here are there CUDA streams and events.
 """
 
+import ctypes
+import errno
 import mmap
 import os
 import time
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hvlite.errors import DeviceError
+from hvlite.telemetry import cards, host_state
 
 MIN_CAPABILITY = (8, 0)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -65,9 +68,12 @@ def wait_for(device: torch.device) -> None:
 
 
 def give_back(device: torch.device) -> None:
-    """Return memory that no tensor holds to the driver."""
+    """Return memory that no tensor holds to the driver, or to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError):  # only glibc keeps what was freed, and has this to change that
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 # What CUDA, its libraries and torch's CPU allocator say in errors that have no class of their own.
@@ -75,6 +81,7 @@ NO_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
@@ -83,7 +90,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return any(words in str(error) for words in NO_MEMORY)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether CUDA itself failed (a hung or fallen card, a fault in a kernel): this process can use it no more."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def unused_card_note() -> str | None:
@@ -98,8 +112,15 @@ def unused_card_note() -> str | None:
 
 
 def _freest_cuda() -> torch.device:
-    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-    return torch.device("cuda", free.index(max(free)))
+    """By the driver's figures where it has them: to ask CUDA takes a part of every card for a context."""
+    known = {card.uuid: card.free_bytes for card in cards()}
+
+    def free(index: int) -> int:
+        found = known.get(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+        return torch.cuda.mem_get_info(index)[0] if found is None else found
+
+    indexes = range(torch.cuda.device_count())
+    return torch.device("cuda", max(indexes, key=free) if len(indexes) > 1 else 0)
 
 
 def _checked_cuda(device: torch.device) -> torch.device:
@@ -115,23 +136,6 @@ def _checked_cuda(device: torch.device) -> torch.device:
 
 
 # How much memory there is, and how much may be used.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """A card's memory: what could be had now, and all of it."""
-
-    free_bytes: int
-    total_bytes: int
-
-
-def capacity(device: torch.device) -> Capacity | None:
-    """What the driver says; None where there is no card. What torch holds and does not use counts as free."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Capacity(free_bytes=free + unused, total_bytes=total)
 
 
 def cap(device: torch.device, budget_bytes: int | None) -> None:
@@ -153,6 +157,16 @@ def forget_peak(device: torch.device) -> None:
     """Count the peak from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What torch's allocator holds of the card now; on the CPU, what this process has in RAM."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else host_state().process_rss
+
+
+def tensor_bytes(device: torch.device) -> int | None:
+    """What tensors take of the card now; None where there is no card."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def _use_expandable_segments() -> None:

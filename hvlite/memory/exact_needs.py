@@ -23,10 +23,6 @@ class ExactNeeds:
     flops: int
     chunks: int
 
-    def seconds(self, *, tflops: float, gb_per_s: float) -> float:
-        """At these rates of work and traffic, which take turns."""
-        return self.flops / (tflops * 1e12) + (self.read_bytes + self.written_bytes) / (gb_per_s * 1e9)
-
 
 def exact_needs(dims: VaeDims, shape: LatentShape, dtype_bytes: int, device: str = "cuda") -> ExactNeeds:
     """Of decoding a clip of these latents as one."""

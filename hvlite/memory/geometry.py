@@ -6,11 +6,11 @@ tiles get smaller in space before they get shorter in time, since short ones fli
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from hvlite.dims import LatentShape
-from hvlite.errors import DoesNotFit, RequestError
+from hvlite.errors import RequestError
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry, tile_shapes
 
 AUTO: Final = "auto"
@@ -23,8 +23,16 @@ LENGTHS = (64, 48, 32, 16)
 """Their nominal frames: a tile decodes one more."""
 
 TILE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?:\+(\d+)(?:x(\d+))?(?:x(\d+))?)?")
-GIB = 2**30
 
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """No tiles: the whole clip layer after layer, with what lies between two layers on disk or in host memory."""
+
+    on_disk: bool = True
+
+
+Tiles = TileGeometry | Exact
 AskedTiles = TileGeometry | str
 """A geometry, or one of AUTO, WIDE and EXACT."""
 Need = Callable[[LatentShape], int]
@@ -83,9 +91,11 @@ def _default_stride(size: int, ratio: int) -> int:
     return size - overlap
 
 
-def tiles_text(geometry: TileGeometry) -> str:
-    """What `parse_tiles` reads the same geometry from; also its name in metadata."""
-    time, height, width = geometry.pixels
+def tiles_text(tiles: Tiles) -> str:
+    """What `parse_tiles` reads the same from; also the name in metadata."""
+    if isinstance(tiles, Exact):
+        return EXACT
+    time, height, width = tiles.pixels
     return (
         f"{time.tile + 1}x{height.tile}x{width.tile}"
         f"+{time.tile - time.stride}x{height.tile - height.stride}x{width.tile - width.stride}"
@@ -101,28 +111,6 @@ def make_tiles(frames: int, height: int, width: int) -> TileGeometry:
         height_stride=_default_stride(height, 8),
         width=width,
         width_stride=_default_stride(width, 8),
-    )
-
-
-def choose_geometry(shape: LatentShape, need: Need, available_bytes: int, asked: AskedTiles = AUTO) -> TileGeometry:
-    """The geometry for a clip of these latents where one tile may take `available_bytes`.
-
-    `auto` is the first that fits of the published one and those after it on the ladder, `wide` the longest whole-frame
-    one. DoesNotFit names the need of what was asked, or of the smallest one.
-    """
-    assert asked != EXACT, "no tiles are chosen for an exact decode"
-    if isinstance(asked, TileGeometry):
-        candidates = [asked]
-    else:
-        candidates = wide_ladder(shape) if asked == WIDE else [PUBLISHED_TILES, *ladder(PUBLISHED_TILES, shape)]
-    for geometry in candidates:
-        if tile_need(shape, geometry, need) <= available_bytes:
-            return geometry
-    smallest = candidates[-1]
-    advice = "--decode-tile auto" if asked != AUTO else "a smaller --size, or --device cpu"
-    raise DoesNotFit(
-        f"decoding a tile of {tiles_text(smallest)} needs {tile_need(shape, smallest, need) / GIB:.2f} GiB beside the "
-        f"decoder's weights; {available_bytes / GIB:.2f} GiB is there. Try {advice}."
     )
 
 
@@ -180,7 +168,9 @@ def wide_ladder(shape: LatentShape) -> list[TileGeometry]:
     ]
 
 
-def decoded_volume(shape: LatentShape, geometry: TileGeometry) -> float:
+def decoded_volume(shape: LatentShape, tiles: Tiles) -> float:
     """Latents decoded, overlaps included, for each latent of the clip: 2.15 for the published tiles at 720x1280x129."""
-    decoded = sum(tile.frames * tile.height * tile.width for tile in tile_shapes(shape, geometry))
+    if isinstance(tiles, Exact):
+        return 1.0
+    decoded = sum(tile.frames * tile.height * tile.width for tile in tile_shapes(shape, tiles))
     return decoded / (shape.frames * shape.height * shape.width)

@@ -31,13 +31,13 @@ def plan_host(task: Task, choice: Choice, budget_bytes: int) -> HostPlan:
     names = block_slabs(task.dims.dit)
     streamed = [index for index in range(len(names)) if index not in choice.residents]
     sizes = {index: task.stored.slabs[names[index]] for index in streamed} if task.stored.is_streamed else {}
-    once = _once_bytes(task, choice)
+    once, passing = _once_bytes(task, choice), _largest_passing(task, choice)
     if stays_in_slot(len(sizes)) or task.kind == "cpu":
         # each is loaded once; a CPU reads slabs from disk straight into the slots
         step = 0 if stays_in_slot(len(sizes)) else sum(sizes.values())
         return HostPlan(
             pinned=(),
-            host_bytes=0,
+            host_bytes=0 if task.kind == "cpu" else STAGING * max([passing, *sizes.values()]),
             wanted_bytes=0,
             bytes_per_step=step,
             disk_bytes_per_step=step,
@@ -48,7 +48,8 @@ def plan_host(task: Task, choice: Choice, budget_bytes: int) -> HostPlan:
     host = 0
     for count in range(len(order), -1, -1):
         pinned = tuple(order[place] for place in spread(count, len(order)))
-        host = _host_bytes(sizes, pinned)
+        staged = max([passing, *(size for index, size in sizes.items() if index not in pinned)])
+        host = sum(sizes[index] for index in pinned) + STAGING * staged
         if host <= budget_bytes:
             break
     return HostPlan(
@@ -61,10 +62,13 @@ def plan_host(task: Task, choice: Choice, budget_bytes: int) -> HostPlan:
     )
 
 
-def _host_bytes(sizes: dict[int, int], pinned: tuple[int, ...]) -> int:
-    """Of pinned slabs, and of the staging buffers for the others."""
-    others = [size for index, size in sizes.items() if index not in pinned]
-    return sum(sizes[index] for index in pinned) + STAGING * max(others, default=0)
+def _largest_passing(task: Task, choice: Choice) -> int:
+    """Of what passes through the staging buffers once a clip: layers, modulation and blocks that stay."""
+    if not task.stored.is_streamed:
+        return 0
+    dims, blocks = task.dims, block_slabs(task.dims.dit)
+    names = [*layer_slabs(dims.llama), *modulation_slabs(dims.dit), *(blocks[index] for index in choice.residents)]
+    return max(task.stored.bytes_of(names), default=0)
 
 
 def _once_bytes(task: Task, choice: Choice) -> int:

@@ -6,16 +6,28 @@ for a run that runs out of memory all the same.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
+from hvlite import paths
 from hvlite.errors import DoesNotFit
-from hvlite.memory.advice import Others, cheapest_changes
-from hvlite.memory.choice import Inputs, choose, leaner, needs_of
-from hvlite.memory.geometry import tiles_text
+from hvlite.memory.advice import cheapest_changes
+from hvlite.memory.choice import Inputs, choose, has_room_to_spill, leaner, needs_of
+from hvlite.memory.geometry import WIDE, Exact, Tiles, decoded_volume, tiles_text
 from hvlite.memory.host import HostPlan, plan_host
-from hvlite.memory.stages import Choice, Stage, StageNeed
+from hvlite.memory.stages import Choice, Stage, StageNeed, exact_bytes
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
 
 GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spilled:
+    """What an exact decode keeps beside the device at most, where, and the bytes that it writes there and reads."""
+
+    place: Literal["disk", "host"]
+    nbytes: int
+    moved_bytes: int
+    chunks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +36,7 @@ class Plan:
 
     `warm`: the parts (dit, text, vae) that stay on the device between clips. Bytes from disk are part of those that
     travel; `once_bytes` travel once a clip. `fits_host`: no block has to come from disk at every step.
+    `decoded_volume`: latents decoded for each latent of the clip. `spilled`: of an exact decode.
     """
 
     fits: bool
@@ -42,7 +55,9 @@ class Plan:
     residents: tuple[int, ...]
     pinned: tuple[int, ...]
     text_residents: tuple[int, ...]
-    tiles: TileGeometry
+    tiles: Tiles
+    decoded_volume: float
+    spilled: Spilled | None
     warm: tuple[str, ...]
     notes: tuple[str, ...]
     inputs: Inputs = field(repr=False, compare=False)
@@ -61,22 +76,34 @@ class Plan:
         """What that stage takes."""
         return next(need for need in self.stages if need.name == name)
 
-    def check(self, others: Others | None = None) -> None:
+    def check(self) -> None:
         """DoesNotFit where a stage needs more than the budget: with both numbers, and changes that would fit."""
         if self.fits:
             return
-        first = next(need for need in self.stages if need.peak_bytes > self.budget_bytes)
-        tried = {"denoise": f", even with {self.knobs_text}", "decode": f", even in tiles of {tiles_text(self.tiles)}"}
-        changes = self.advice(others)
+        changes = self.advice()
         advice = f"Try {', or '.join(changes)}." if changes else "No smaller clip fits either: it needs another card."
-        raise DoesNotFit(
-            f"{_clip_text(self.inputs)} needs {first.peak_bytes / GIB:.2f} GiB in stage {first.name}"
-            f"{tried.get(first.name, '')}; the budget is {self.budget_bytes / GIB:.2f} GiB. {advice}"
+        raise DoesNotFit(f"{self._shortage()}. {advice}")
+
+    def _shortage(self) -> str:
+        """What there is too little of, with both numbers."""
+        clip = _clip_text(self.inputs)
+        first = next((need for need in self.stages if need.peak_bytes > self.budget_bytes), None)
+        if first is None:
+            assert self.spilled is not None
+            return (
+                f"{clip} decoded exactly keeps {_size(self.spilled.nbytes)} in {paths.scratch_folder()}, where "
+                f"{_size(self.inputs.budget.disk_bytes or 0)} may be used"
+            )
+        tiles = "as it is" if isinstance(self.tiles, Exact) else f"even in tiles of {tiles_text(self.tiles)}"
+        tried = {"denoise": f", even with {self.knobs_text}", "decode": f", {tiles}"}
+        return (
+            f"{clip} needs {first.peak_bytes / GIB:.2f} GiB in stage {first.name}"
+            f"{tried.get(first.name, '')}; the budget is {self.budget_bytes / GIB:.2f} GiB"
         )
 
-    def advice(self, others: Others | None = None) -> list[str]:
+    def advice(self) -> list[str]:
         """The three cheapest changes, as flags, that make it fit; tried one by one, so it takes a moment."""
-        return [] if self.fits else cheapest_changes(self.inputs, others or Others())
+        return [] if self.fits else cheapest_changes(self.inputs)
 
     def next_rung(self, stage: Stage) -> "Plan | None":
         """The next leaner plan for a stage that ran out of memory; None if nothing is left to give up."""
@@ -87,7 +114,7 @@ class Plan:
         """What `hvlite plan --json` prints."""
         shown = asdict(self)
         del shown["inputs"], shown["choice"]
-        return shown
+        return shown | {"decode_tile": tiles_text(self.tiles)}
 
 
 def make_plan(inputs: Inputs) -> Plan:
@@ -100,7 +127,7 @@ def _plan(inputs: Inputs, choice: Choice) -> Plan:
     host = plan_host(task, choice, inputs.budget.host_bytes)
     peak, layers = max(need.peak_bytes for need in needs), task.dims.llama.used_layers
     return Plan(
-        fits=peak <= inputs.budget.device_bytes,
+        fits=peak <= inputs.budget.device_bytes and has_room_to_spill(inputs, choice),
         fits_host=host.disk_bytes_per_step == 0,
         budget_bytes=inputs.budget.device_bytes,
         peak_bytes=peak,
@@ -117,10 +144,24 @@ def _plan(inputs: Inputs, choice: Choice) -> Plan:
         pinned=host.pinned,
         text_residents=tuple(range(layers)) if "text" in choice.warm else (),
         tiles=choice.tiles,
+        decoded_volume=decoded_volume(task.clip.shape, choice.tiles),
+        spilled=_spilled(inputs, choice),
         warm=tuple(sorted(choice.warm)),
         notes=tuple(_notes(inputs, choice, host)),
         inputs=inputs,
         choice=choice,
+    )
+
+
+def _spilled(inputs: Inputs, choice: Choice) -> Spilled | None:
+    if not isinstance(choice.tiles, Exact):
+        return None
+    needs = exact_bytes(inputs.task)
+    return Spilled(
+        place="disk" if choice.tiles.on_disk else "host",
+        nbytes=needs.stored_bytes,
+        moved_bytes=needs.written_bytes + needs.read_bytes,
+        chunks=needs.chunks,
     )
 
 
@@ -132,12 +173,32 @@ def _notes(inputs: Inputs, choice: Choice, host: HostPlan) -> list[str]:
             f"{host.disk_bytes_per_step / GIB:.1f} of {host.wanted_bytes / GIB:.1f} GiB of streamed blocks are read "
             f"from disk at every step: {inputs.budget.host_bytes / GIB:.1f} GiB of host memory may hold weights"
         )
-    if "decode" in inputs.stages and inputs.asked.tiles == "auto" and choice.tiles != PUBLISHED_TILES:
+    if "decode" not in inputs.stages:
+        return notes
+    spilled = _spilled(inputs, choice)
+    if spilled is not None:
+        where = f"on disk, in {paths.scratch_folder()}" if spilled.place == "disk" else "in the host's memory"
+        notes.append(
+            f"decoding without tiles keeps up to {_size(spilled.nbytes)} {where}, and moves "
+            f"{_size(spilled.moved_bytes)} there and back"
+        )
+    elif inputs.asked.tiles == "auto" and choice.tiles != PUBLISHED_TILES:
         notes.append(
             f"the published decode tiles do not fit: {tiles_text(choice.tiles)} are used, and the clip differs a "
             "little from what other machines make of it"
         )
+    elif inputs.asked.tiles == WIDE and _frames(choice.tiles) < _frames(PUBLISHED_TILES):
+        notes.append(f"whole frames fit in tiles of {_frames(choice.tiles)} frames alone: short ones may flicker")
     return notes
+
+
+def _frames(tiles: Tiles) -> int:
+    assert isinstance(tiles, TileGeometry)
+    return tiles.frames + 1
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _clip_text(inputs: Inputs) -> str:

@@ -115,6 +115,7 @@ class Pool:
             self.lanes.free(self._resident.pop(name))
         for name in [name for name in self._host if name not in pinned]:
             self._host.pop(name).close()
+            self._may_pin = True  # what was refused may be granted now
 
     def _load_host(self, names: Sequence[str]) -> Generator[str, None, None]:
         for name in names:
@@ -147,7 +148,7 @@ class Pool:
                 self.lanes.free(buffer)
 
     def _take_host(self, nbytes: int) -> HostMemory:
-        """Pinned while that is allowed and granted; after the first refusal nothing more is asked for."""
+        """Pinned while that is allowed and granted; after a refusal nothing more is asked for until some is freed."""
         fits = self._pin_bytes is None or self.pinned_bytes + nbytes <= self._pin_bytes
         memory = self.lanes.host_memory(nbytes, pin=fits and self._may_pin)
         if self.lanes.can_pin and self._may_pin and not memory.is_pinned:

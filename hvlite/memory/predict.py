@@ -112,8 +112,8 @@ def walk(blocks: Sequence[Work], rounds: int, ways: Ways) -> list[Round]:
 class Prediction:
     """Seconds. `step` is one of the middle; `steps_s` all of them, the first one's waiting included.
 
-    `load_s` brings what is kept from then on, in the first clip only: residents and host memory. `decode_s` is not
-    among them: how fast convolutions are is not known.
+    `load_s` brings what is kept from then on, in the first clip only: residents and host memory. Of the decode it is
+    only known what an exact one moves (`spill_s`): how fast convolutions are is not.
     """
 
     step: Round
@@ -121,6 +121,7 @@ class Prediction:
     text_s: float
     schedule_s: float
     load_s: float
+    spill_s: float
 
     @property
     def clip_s(self) -> float:
@@ -144,7 +145,16 @@ def predict(plan: Plan, rates: Rates, *, cores: int = 1) -> Prediction:
         text_s=sum(each.seconds for each in walk(_layer_work(plan, rates, reading), 1, ways)),
         schedule_s=sum(each.seconds for each in walk(_modulation_work(plan, rates, reading), 1, ways)),
         load_s=_kept_bytes(plan) / min(ways.disk, ways.copy or ways.disk),
+        spill_s=_spill_seconds(plan, ways),
     )
+
+
+def _spill_seconds(plan: Plan, ways: Ways) -> float:
+    """What an exact decode moves to where it is put aside, and back; writing is taken to be as fast as reading."""
+    if plan.spilled is None:
+        return 0.0
+    on_the_way = [inf if ways.copy is None else ways.copy, ways.disk if plan.spilled.place == "disk" else inf]
+    return plan.spilled.moved_bytes / min(on_the_way)
 
 
 def _block_work(plan: Plan, rates: Rates, reading: float) -> list[Work]:

@@ -1,14 +1,14 @@
-"""Clips outside of the device, for the exact decode: in host memory as long as it lasts, then in temporary files.
+"""Clips outside of the device, for the exact decode: in host memory, or in temporary files.
 
-Files have no name in the folder (or lose it at once), so that nothing is left behind whatever happens; their space is
-taken when they are made, so that a full disk is an OutputError then and not a crash in the middle. On meta tensors
-nothing is stored at all.
+Files have no name in the folder (or lose it at once), so that nothing is left behind whatever happens, a kill included;
+their space is taken when they are made, so that a full disk is an OutputError then and not a crash in the middle. On
+meta tensors nothing is stored at all.
 """
 
 import os
-import shutil
 import tempfile
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hvlite.errors import OutputError
+from hvlite.telemetry import disk_state
 
 GIB = 2**30
 Shape = tuple[int, int, int, int, int]
@@ -74,41 +75,36 @@ class Spilled:
 
 
 class Spill:
-    """Gives memory for clips: `host_bytes` of the host's, then files in `folder`; OutputError where that is full.
+    """Gives memory for clips: files in `folder`, which is made, or the host's where that is None.
 
-    A context manager: what has not been closed by then is closed at its end.
+    A context manager: what has not been closed by then is closed at its end. OutputError where the disk fails.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, host_bytes: int, folder: Path) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, folder: Path | None = None) -> None:
         self.dtype = dtype
         self.device = device
         self.folder = folder
-        self.free_bytes = host_bytes
-        self._files = ExitStack()
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._open.close()
 
     def new(self, shape: Shape) -> Spilled:
         """Memory for a clip; what is in it is undefined."""
-        return Spilled(self._take(prod(shape) * self.dtype.itemsize), shape, self.dtype, self.device)
+        memory = None if self.device.type == "meta" else self._take(prod(shape) * self.dtype.itemsize)
+        return Spilled(memory, shape, self.dtype, self.device)
 
-    def _take(self, nbytes: int) -> Memory | None:
-        if self.device.type == "meta":
-            return None
-        if nbytes <= self.free_bytes:
-            self.free_bytes -= nbytes
-            return _Host(nbytes, self)
-        return self._files.enter_context(closing(_File(nbytes, self.folder)))
+    def _take(self, nbytes: int) -> Memory:
+        memory = _Host(nbytes) if self.folder is None else _File(nbytes, self.folder)
+        return self._open.enter_context(closing(memory))
 
 
 class _Host:
-    def __init__(self, nbytes: int, spill: Spill) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.data = torch.empty(nbytes, dtype=torch.uint8)
-        self.spill = spill
 
     def read(self, offset: int, nbytes: int) -> Tensor:
         return self.data[offset : offset + nbytes]
@@ -117,44 +113,59 @@ class _Host:
         self.data[offset : offset + len(data)] = data
 
     def close(self) -> None:
-        self.spill.free_bytes += len(self.data)
         self.data = self.data.new_empty(0)
 
 
 class _File:
     def __init__(self, nbytes: int, folder: Path) -> None:
+        self.folder = folder
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = _reserve(nbytes, folder)
         except OSError as error:
-            free = shutil.disk_usage(folder).free if folder.is_dir() else 0
             raise OutputError(
-                f"the exact decode needs {nbytes / GIB:.2f} GiB more in {folder}, where {free / GIB:.2f} GiB is free: "
-                f"{error.strerror}. Make room there, or use --decode-tile auto."
+                f"the exact decode needs {nbytes / GIB:.2f} GiB more in {folder}, where "
+                f"{disk_state(folder).free_bytes / GIB:.2f} GiB is free: {error.strerror}. Make room there, or use "
+                "--decode-tile auto."
             ) from error
 
     def read(self, offset: int, nbytes: int) -> Tensor:
         data = torch.empty(nbytes, dtype=torch.uint8)
         rest: memoryview = data.numpy().data
         while rest:
-            count = os.preadv(self.file.fileno(), [rest], offset + nbytes - len(rest))
+            with _explained(self.folder):
+                count = os.preadv(self.file.fileno(), [rest], offset + nbytes - len(rest))
             if count == 0:
-                raise OutputError(f"a temporary file of the exact decode ends before {offset + nbytes} bytes")
+                raise OutputError(f"a temporary file in {self.folder} ends before {offset + nbytes} bytes")
             rest = rest[count:]
         return data
 
     def write(self, offset: int, data: Tensor) -> None:
         rest: memoryview = data.numpy().data
         while rest:
-            count = os.pwrite(self.file.fileno(), rest, offset)
+            with _explained(self.folder):
+                count = os.pwrite(self.file.fileno(), rest, offset)
             rest, offset = rest[count:], offset + count
 
     def close(self) -> None:
         self.file.close()
 
 
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the exact decode cannot use its files in {folder}: {error.strerror}. Look at the system's log, or use "
+            "--decode-tile auto."
+        ) from error
+
+
 def _reserve(nbytes: int, folder: Path) -> IO[bytes]:
     """A file without a name whose space is taken."""
-    file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+    # where a file system cannot do without one, a kill may leave it: its name is one that leftovers have
+    file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0, prefix=".hvlite-", suffix=".part")  # noqa: SIM115
     try:
         os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError:

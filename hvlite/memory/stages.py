@@ -12,7 +12,8 @@ from typing import Literal
 from hvlite.dims import DitDims, LatentShape, LlamaDims, ModelDims
 from hvlite.memory import workspaces
 from hvlite.memory.decode_needs import decode_host_bytes, decode_tile_bytes, decoder_weight_bytes
-from hvlite.memory.geometry import tile_need
+from hvlite.memory.exact_needs import ExactNeeds, exact_needs
+from hvlite.memory.geometry import Exact, Tiles, tile_need
 from hvlite.memory.needs import (
     FP32,
     ITEM_BYTES,
@@ -28,7 +29,6 @@ from hvlite.memory.needs import (
     text_activations,
 )
 from hvlite.memory.tiers import slot_sizes
-from hvlite.memory.tiles import TileGeometry
 from hvlite.memory.workspaces import Kind
 
 Stage = Literal["text", "schedule", "denoise", "decode"]
@@ -87,7 +87,7 @@ class Choice:
 
     knobs: Knobs
     residents: tuple[int, ...]
-    tiles: TileGeometry
+    tiles: Tiles
     warm: frozenset[Part] = frozenset()
 
 
@@ -232,13 +232,22 @@ def _denoise_activations(task: Task, choice: Choice) -> int:
 
 
 def _decode_activations(task: Task, choice: Choice) -> int:
-    """The clip's latents, as they are and as the decoder takes them, and one tile at work.
+    """The clip's latents, as they are and as the decoder takes them, and one tile, or one layer, at work.
 
-    Tiles are joined on the host, which a CPU is itself.
+    Tiles are joined on the host, and layers may be kept there, which a CPU is itself.
     """
     given, scaled = (latent_bytes(task.dims.dit, task.clip, item) for item in (FP32, ITEM_BYTES[task.vae_dtype]))
+    if isinstance(choice.tiles, Exact):
+        needs = exact_bytes(task)
+        kept = 0 if choice.tiles.on_disk or task.kind == "cuda" else needs.stored_bytes
+        return given + scaled + kept + needs.device_bytes
     joined = decode_host_bytes(task.clip.shape, choice.tiles) if task.kind == "cpu" else 0
     return given + scaled + joined + tile_need(task.clip.shape, choice.tiles, partial(tile_bytes, task))
+
+
+def exact_bytes(task: Task) -> ExactNeeds:
+    """Of decoding the clip without tiles."""
+    return _exact_needs(task.dims.vae, task.clip.shape, ITEM_BYTES[task.vae_dtype], task.kind)
 
 
 def tile_bytes(task: Task, tile: LatentShape) -> int:
@@ -246,7 +255,9 @@ def tile_bytes(task: Task, tile: LatentShape) -> int:
     return _tile_bytes(task.dims.vae, tile, ITEM_BYTES[task.vae_dtype], task.kind)
 
 
-_tile_bytes = cache(decode_tile_bytes)  # few tiles, asked for by every clip that is tried
+# Of few tiles and clips, asked for by every choice that is tried.
+_tile_bytes = cache(decode_tile_bytes)
+_exact_needs = cache(exact_needs)
 
 
 _Bytes = Callable[[Task, Choice], int]

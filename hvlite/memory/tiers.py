@@ -32,8 +32,3 @@ def slot_sizes(streamed_bytes: Sequence[int]) -> tuple[int, ...]:
     if stays_in_slot(len(streamed_bytes)):
         return tuple(streamed_bytes)
     return (max(streamed_bytes),) * RING
-
-
-def moved_bytes(streamed_bytes: Sequence[int], rounds: int) -> int:
-    """What travels to the device in a walk of so many rounds."""
-    return sum(streamed_bytes) * (1 if stays_in_slot(len(streamed_bytes)) else rounds)

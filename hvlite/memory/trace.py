@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 ROUNDING = 512
 PACKAGE = str(Path(__file__).resolve().parent.parent)
 
+Step = TypeVar("Step")
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
@@ -39,12 +40,44 @@ class StagePeak:
 
 @contextmanager
 def not_counted() -> Iterator[None]:
-    """What is made in here takes no device memory in a real run: the empty parameters of modules, which are meta."""
-    token = _hidden.set(True)
+    """What is made in here takes no device memory in a real run: empty parameters of modules, what lies on the host."""
+    with _hiding(True):
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """What is made in here does, also where it is part of work on the host."""
+    with _hiding(False):
+        yield
+
+
+@contextmanager
+def _hiding(value: bool) -> Iterator[None]:
+    token = _hidden.set(value)
     try:
         yield
     finally:
         _hidden.reset(token)
+
+
+def on_host(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same; what is done to make each of them is not counted, but for what is `counted` within."""
+    while True:
+        with not_counted():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
+        del step  # not to be held beside the next one
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """In the host's memory; on meta that takes nothing."""
+    if tensor.device.type != "meta":
+        return tensor.cpu()
+    with not_counted():
+        return torch.empty_like(tensor)
 
 
 class Trace(TorchDispatchMode):

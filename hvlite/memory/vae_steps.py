@@ -113,8 +113,3 @@ def _middle(x: Clip) -> Iterator[Step]:
 def decode_flops(dims: VaeDims, latents: LatentShape) -> int:
     """Of one tile, or of a whole clip that is not cut."""
     return sum(step.flops for step in decoder_steps(dims, latents))
-
-
-def encode_flops(dims: VaeDims, latents: LatentShape) -> int:
-    """Of the frames of one tile of latents."""
-    return sum(step.flops for step in encoder_steps(dims, latents))

@@ -12,23 +12,20 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-)
 
 from hvlite.dims import ClipDims, LlamaDims
 from hvlite.errors import RequestError, WeightsError
 from hvlite.events import Note
 from hvlite.model.visit import Visit, at_hand
+
+# Its models take seconds to import: a clip that goes on, or is only decoded, needs none of them.
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerFast
 
 TEXT_TOKENS = 256
 # Configs written before 2023 hold this instead of CLIP's end token; transformers then takes the highest id.
@@ -107,8 +104,8 @@ class PromptStates:
 class Encoders:
     """Both encoders. `device` is where Llama's layers lie; None: where its table of embeddings does."""
 
-    llama: LlamaModel
-    clip: CLIPTextModel
+    llama: "LlamaModel"
+    clip: "CLIPTextModel"
     device: torch.device | None = None
 
 
@@ -116,12 +113,21 @@ class Encoders:
 class TextEncoders(Encoders):
     """Both encoders with their tokenizers."""
 
-    llama_tokenizer: PreTrainedTokenizerFast
-    clip_tokenizer: PreTrainedTokenizerFast
+    llama_tokenizer: "PreTrainedTokenizerFast"
+    clip_tokenizer: "PreTrainedTokenizerFast"
 
 
-def build_llama(dims: LlamaDims, dtype: torch.dtype = torch.float32) -> LlamaModel:
+def import_encoders() -> None:
+    """Take the seconds now that building the first encoder would take for its imports."""
+    from transformers import CLIPTextModel, LlamaModel
+
+    del CLIPTextModel, LlamaModel
+
+
+def build_llama(dims: LlamaDims, dtype: torch.dtype = torch.float32) -> "LlamaModel":
     """The used layers, with empty (meta) parameters and no final norm: they end in `hidden_states[-3]`."""
+    from transformers import LlamaConfig, LlamaModel
+
     config = LlamaConfig(
         vocab_size=dims.vocabulary,
         hidden_size=dims.hidden,
@@ -142,8 +148,10 @@ def build_llama(dims: LlamaDims, dtype: torch.dtype = torch.float32) -> LlamaMod
     return llama
 
 
-def build_clip(dims: ClipDims, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+def build_clip(dims: ClipDims, dtype: torch.dtype = torch.float32) -> "CLIPTextModel":
     """CLIP's text tower with empty (meta) parameters, without projection."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     config = CLIPTextConfig(
         vocab_size=dims.vocabulary,
         hidden_size=dims.hidden,
@@ -179,11 +187,13 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
 
     The class is chosen by the files alone: nothing in the folder can name code to run or reach the network.
     """
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+
     if not has_tokenizer(folder):
         raise WeightsError(
             f"{folder} holds no tokenizer: found neither tokenizer.json nor vocab.json with merges.txt. "
@@ -202,7 +212,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def text_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str, template: TextTemplate) -> PromptTokens:
+def text_tokens(tokenizer: "PreTrainedTokenizerFast", prompt: str, template: TextTemplate) -> PromptTokens:
     """The prompt in its template, for Llama: 256 tokens after the template, a longer prompt loses its tail.
 
     Names of special tokens in a prompt are read as those tokens, as published, and noted. What stands before
@@ -232,7 +242,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str, template: TextT
     )
 
 
-def pooled_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str, positions: int) -> PromptTokens:
+def pooled_tokens(tokenizer: "PreTrainedTokenizerFast", prompt: str, positions: int) -> PromptTokens:
     """The bare prompt, for CLIP: at most `positions` tokens, the last of them always the end token."""
     prompt = _clean(prompt)
     every = _ids(tokenizer, prompt)
@@ -257,19 +267,19 @@ def _clean(prompt: str) -> str:
     return prompt.strip()
 
 
-def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def _ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     ids: list[int] = tokenizer(text, padding=False, truncation=False, verbose=False)["input_ids"]
     return ids
 
 
-def _with_bos(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def _with_bos(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     """Ids that begin with the tokenizer's bos, which transformers 5 forgets if only a config asks for it."""
     ids, bos = _ids(tokenizer, text), tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def _notes(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, reader: str, read: int, rest: list[int]
+    tokenizer: "PreTrainedTokenizerFast", prompt: str, reader: str, read: int, rest: list[int]
 ) -> tuple[Note, ...]:
     """What a user should know: words that did not fit, names of special tokens in the prompt."""
     notes = []
@@ -287,7 +297,7 @@ def _notes(
 
 @torch.no_grad()
 def encode_texts(
-    llama: LlamaModel, prompts: Sequence[PromptTokens], device: torch.device | None = None, visit: Visit = at_hand
+    llama: "LlamaModel", prompts: Sequence[PromptTokens], device: torch.device | None = None, visit: Visit = at_hand
 ) -> list[Tensor]:
     """States [l,width] of each prompt's own tokens, in the weights' dtype, on `device` (None: where the table lies).
 
@@ -297,7 +307,9 @@ def encode_texts(
     """
     # Without a mask sdpa is causal, but transformers' eager attention would see every token.
     assert llama.config._attn_implementation == "sdpa"
-    states = [llama.embed_tokens(_id_tensor(tokens, llama.embed_tokens)).to(device) for tokens in prompts]
+    # The table is looked up as it is stored; outside of visits, too, a norm has the dtype of the layers' products.
+    dtype = llama.layers[0].get_parameter("input_layernorm.weight").dtype
+    states = [llama.embed_tokens(_id_tensor(tokens, llama.embed_tokens)).to(device, dtype) for tokens in prompts]
     rotary = [llama.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None]) for x in states]
     for index, layer in enumerate(llama.layers):
         with visit(index):
@@ -308,7 +320,7 @@ def encode_texts(
 
 
 @torch.no_grad()
-def encode_pooled(clip: CLIPTextModel, tokens: PromptTokens) -> Tensor:
+def encode_pooled(clip: "CLIPTextModel", tokens: PromptTokens) -> Tensor:
     """The final layer norm's output [P] at the first end token, not projected."""
     eos = clip.config.eos_token_id
     if eos != LEGACY_EOS and eos not in tokens.ids:
@@ -357,7 +369,7 @@ def encode_tokens(
     ]
 
 
-def longest_prompt(clip: CLIPTextModel, template: TextTemplate) -> tuple[PromptTokens, PromptTokens]:
+def longest_prompt(clip: "CLIPTextModel", template: TextTemplate) -> tuple[PromptTokens, PromptTokens]:
     """The longest prompt of the published tokenizers as both encoders read it, without any tokenizer."""
     text = PromptTokens(ids=(0,) * (template.published_crop + TEXT_TOKENS), crop=template.published_crop)
     eos = clip.config.eos_token_id

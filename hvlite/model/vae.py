@@ -26,7 +26,8 @@ from hvlite.model.causal import (
 )
 
 NORM_EPS = 1e-6
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
+USED_BY_DECODE = ("decoder.", "post_quant_conv.")
+"""What the names of the weights begin with that decoding needs."""
 
 Stride = tuple[int, int, int]
 
@@ -227,9 +228,9 @@ class Decoder(nn.Module):
 class Vae(nn.Module):
     """Encoder and decoder with the published parameter names (248 tensors at the published sizes, spec 3.4).
 
-    Without `encodes` it has the decoder alone, whose names `is_for_decode` knows. Convolution weights are kept
-    channels-last, also by `load_state_dict`. Who assigns parameters by other means calls `lay_channels_last`
-    afterwards, or pays for a copy of the weight at each use.
+    Without `encodes` it has the decoder alone (`USED_BY_DECODE`). Convolution weights are kept channels-last, also by
+    `load_state_dict`. Who assigns parameters by other means calls `lay_channels_last` afterwards, or pays for a copy of
+    the weight at each use.
     """
 
     def __init__(self, dims: VaeDims, *, encodes: bool = True):
@@ -253,7 +254,7 @@ class Vae(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames_BCTHW: Tensor) -> Tensor:
-        """Pixels in [-1,1] -> moments [B,2*16,T,H/8,W/8]: mean, then log-variance (`split_moments`)."""
+        """Pixels in [-1,1] -> moments [B,2*16,T,H/8,W/8]: mean, then log-variance."""
         moments_BTHWC = self.encoder(frames_BCTHW.permute(0, 2, 3, 4, 1))
         return pointwise(self.quant_conv, moments_BTHWC).permute(0, 4, 1, 2, 3)
 
@@ -265,23 +266,6 @@ class Vae(nn.Module):
         return frames_BTHWC.permute(0, 4, 1, 2, 3)
 
 
-def is_for_decode(name: str) -> bool:
-    """Whether a Vae that only decodes has the parameter `name`."""
-    return name.startswith(("decoder.", "post_quant_conv."))
-
-
-def split_moments(moments_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance, the latter clamped to [-30,20] (spec 3.1)."""
-    mean, log_variance = moments_BCTHW.chunk(2, dim=1)
-    return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
-
-
 def posterior_mode(moments_BCTHW: Tensor) -> Tensor:
     """The most likely latents, before the scaling factor."""
-    return split_moments(moments_BCTHW)[0]
-
-
-def posterior_sample(moments_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
-    """Latents drawn with the given standard normal noise, before the scaling factor."""
-    mean, log_variance = split_moments(moments_BCTHW)
-    return mean + (0.5 * log_variance).exp() * noise_BCTHW
+    return moments_BCTHW.chunk(2, dim=1)[0]

@@ -5,6 +5,7 @@ prompt as `title` and a JSON text as `comment`. Equal frames and texts give equa
 machine has: that is what THREADS, X264, MUXER and the BITEXACT flags are for. No torch at run time.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -68,17 +69,22 @@ def write_mp4(
 
 @contextmanager
 def open_mp4(
-    path: Path, *, metadata: str, title: str, fps: int = FPS, crf: float = CRF
+    path: Path, *, metadata: str | Callable[[], str], title: str, fps: int = FPS, crf: float = CRF
 ) -> Iterator[Callable[[FrameLike], None]]:
     """Yield the function that appends a frame; when the block ends, the whole file has its name.
 
     For callers that do other things between frames. At least one frame is needed, and one size for all, in
-    multiples of 16. `metadata` is a JSON text. An existing `path`, a full disk or a missing folder raise
-    OutputError; no exception leaves anything behind.
+    multiples of 16. `metadata` is a JSON text, or gives one, and is then asked again when the last frame is there.
+    An existing `path`, a full disk or a missing folder raise OutputError; no exception leaves anything behind.
     """
+
+    def texts() -> dict[str, str]:
+        return {"comment": metadata if isinstance(metadata, str) else metadata(), "title": title}
+
     with new_file(path) as temporary:
+        first = texts()
         with _encoding(path):
-            encoder = _Encoder(temporary, {"comment": metadata, "title": title}, fps, crf)
+            encoder = _Encoder(temporary, first, fps, crf)
 
         def add(frame: FrameLike) -> None:
             with _encoding(path):
@@ -88,8 +94,30 @@ def open_mp4(
             yield add
             with _encoding(path):
                 encoder.finish()
+                if (last := texts()) != first:
+                    _rewrite(temporary, last)
         finally:
             encoder.release()
+
+
+def _rewrite(file: Path, texts: dict[str, str]) -> None:
+    """Other texts in a whole file, whose packets stay as they are: a muxer takes texts only before the first frame."""
+    written = io.BytesIO(file.read_bytes())
+    with (
+        av.open(written, "r", format="mp4") as before,
+        av.open(str(file.absolute()), "w", format="mp4", options=MUXER) as after,
+    ):
+        _set_texts(after, texts)
+        stream = after.add_stream_from_template(before.streams.video[0])
+        for packet in before.demux(video=0):
+            if packet.dts is not None:  # the last one is empty
+                packet.stream = stream
+                after.mux(packet)
+
+
+def _set_texts(container: av.container.OutputContainer, texts: dict[str, str]) -> None:
+    for key, text in texts.items():
+        container.metadata[key] = _storable(text)
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
@@ -151,8 +179,7 @@ class _Encoder:
     def __init__(self, path: Path, texts: dict[str, str], fps: int, crf: float) -> None:
         # Absolute, since FFmpeg takes a folder "a:b" for the protocol "a".
         self._container = av.open(str(path.absolute()), "w", format="mp4", options=MUXER)
-        for key, text in texts.items():
-            self._container.metadata[key] = _storable(text)
+        _set_texts(self._container, texts)
         self._stream = self._container.add_stream(
             CODEC, rate=fps, options={"preset": "medium", "crf": str(crf), "x264-params": X264}
         )

@@ -17,6 +17,8 @@ COMMENT = "comment"
 TITLE = "title"
 # A chunk of text longer than this is none of ours, and is not read into memory.
 MAX_TEXT_BYTES = 16 * 2**20
+# A strip of four pictures side by side at the largest size that a Request may have.
+MAX_SIDE = 40_000
 
 
 def write_png(path: Path, frame: FrameLike, *, metadata: str, title: str) -> None:
@@ -49,6 +51,36 @@ def read_png_comment(path: Path) -> str | None:
             if kind == b"iTXt" and length <= MAX_TEXT_BYTES:
                 found = _comment(_checked(path, file, kind, length)) or found
     return found
+
+
+def read_png(path: Path) -> Frame:
+    """The frame of a PNG that hvlite wrote. RequestError for a broken one, or one of another program."""
+    size, pixels = None, b""
+    with path.open("rb") as file:
+        if file.read(len(SIGNATURE)) != SIGNATURE:
+            raise RequestError(f"{path} is no PNG file.")
+        for kind, length in _chunks(path, file):
+            if kind == b"IHDR":
+                size = struct.unpack(">IIBBBBB", _checked(path, file, kind, length))
+            elif kind == b"IDAT":
+                pixels += _checked(path, file, kind, length)
+    if size is None or size[2:] != (8, 2, 0, 0, 0) or max(size[:2]) > MAX_SIDE:
+        raise RequestError(f"{path} is no picture as hvlite writes them.")
+    return _unfiltered(path, pixels, width=size[0], height=size[1])
+
+
+def _unfiltered(path: Path, packed: bytes, *, width: int, height: int) -> Frame:
+    """What `_filtered` was given."""
+    wanted = height * (3 * width + 1)
+    try:
+        unpacked = zlib.decompressobj().decompress(packed, wanted)
+    except zlib.error as error:
+        raise RequestError(f"{path} is damaged: {error}.") from None
+    lines = np.frombuffer(unpacked, np.uint8)
+    if lines.size != wanted or (lines[:: 3 * width + 1] != 2).any():
+        raise RequestError(f"{path} is no picture as hvlite writes them.")
+    rows = lines.reshape(height, -1)[:, 1:]
+    return np.cumsum(rows, axis=0, dtype=np.uint8).reshape(height, width, 3)
 
 
 def _text(keyword: str, text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""One slab file: written once, then mapped, or read in one piece into memory that is already there.
+"""One slab file: written once, then read in one piece into memory that is already there, tensor by tensor, or mapped.
 
 Its tensors are views of one run of bytes, so that a block travels in one copy (`views` works on any device). Whoever
 reads a slab first in a process holds its SHA-256 against the index; a file that has changed since counts as unread.
@@ -21,7 +21,7 @@ from hvlite.errors import WeightsError
 from hvlite.weights.checkpoint import SAFETENSORS_DTYPES, opened_file
 from hvlite.weights.layout import DTYPE_BYTES, Form, Placed, Placement, slab_header
 
-# A tensor that is worth a request to the disk of its own.
+# A tensor that is worth a request to the disk, and pages in memory, of its own.
 LARGE_BYTES = 1 << 20
 DTYPE_WORDS = {SAFETENSORS_DTYPES[word]: word for word in DTYPE_BYTES}
 
@@ -144,9 +144,43 @@ def map_slab(folder: Path, slab: Slab) -> dict[str, Tensor]:
     file = folder / slab.file
     with opened_file(file) as stream:
         status = _check_size(file, stream.fileno(), slab)
+        if _key(status, slab) not in _checked:
+            # read, not mapped: mapped pages that were touched count as memory of this process
+            _check_hash(file, status, slab, hashlib.file_digest(stream, hashlib.sha256).hexdigest())
         mapped = mmap.mmap(stream.fileno(), slab.file_bytes, access=mmap.ACCESS_COPY)
-    _check_hash(file, status, slab, mapped)
     return views(slab.placement, torch.frombuffer(mapped, dtype=torch.uint8)[slab.data_offset :])
+
+
+def read_tensors(folder: Path, slab: Slab) -> Iterator[tuple[str, Tensor]]:
+    """Its tensors one at a time, each in memory of its own; what is damaged is told after the last of them."""
+    file = folder / slab.file
+    with opened_file(file) as stream:
+        handle = stream.fileno()
+        status = _check_size(file, handle, slab)
+        digest = None if _key(status, slab) in _checked else hashlib.sha256()
+        position = 0
+        for placed in slab.tensors:
+            begin = slab.data_offset + placed.offset
+            data = _own_memory(placed.nbytes)
+            _read_at(file, handle, _bytes_of(data), begin)
+            if digest is not None:
+                digest.update(os.pread(handle, begin - position, position))
+                digest.update(_bytes_of(data))
+            position = begin + placed.nbytes
+            yield placed.name, data.view(SAFETENSORS_DTYPES[placed.dtype]).view(placed.shape)
+            del data  # or it would be held while the next one is read
+        if digest is not None:
+            digest.update(os.pread(handle, slab.file_bytes - position, position))
+            _check_hash(file, status, slab, digest.hexdigest())
+
+
+def _own_memory(nbytes: int) -> Tensor:
+    """uint8 [n]. Pages of its own where it is large: malloc would keep them when it is dropped, between what stays."""
+    with torch.inference_mode(False):  # else it could not be written to outside of that mode
+        if nbytes < LARGE_BYTES:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def read_slab_into(folder: Path, slab: Slab, buffer: Tensor) -> None:
@@ -159,7 +193,10 @@ def read_slab_into(folder: Path, slab: Slab, buffer: Tensor) -> None:
         status = _check_size(file, stream.fileno(), slab)
         header = os.pread(stream.fileno(), slab.data_offset, 0)
         _read_at(file, stream.fileno(), _bytes_of(data), slab.data_offset)
-    _check_hash(file, status, slab, header, _bytes_of(data))
+    if _key(status, slab) not in _checked:
+        digest = hashlib.sha256(header)
+        digest.update(_bytes_of(data))
+        _check_hash(file, status, slab, digest.hexdigest())
 
 
 def _read_at(file: Path, handle: int, target: memoryview, offset: int) -> None:
@@ -191,17 +228,15 @@ def _check_size(file: Path, handle: int, slab: Slab) -> os.stat_result:
     return status
 
 
-def _check_hash(file: Path, status: os.stat_result, slab: Slab, *pieces: bytes | memoryview | mmap.mmap) -> None:
+def _key(status: os.stat_result, slab: Slab) -> tuple[int, int, int, int, str]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, slab.sha256
+
+
+def _check_hash(file: Path, status: os.stat_result, slab: Slab, found: str) -> None:
     """Once for each file in a process; two threads at once both do it, and find the same."""
-    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, slab.sha256)
-    if key in _checked:
-        return
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    if digest.hexdigest() != slab.sha256:
-        raise _damaged(file, digest.hexdigest(), slab.sha256)
-    _checked.add(key)
+    if found != slab.sha256:
+        raise _damaged(file, found, slab.sha256)
+    _checked.add(_key(status, slab))
 
 
 def _damaged(file: Path, found: str, expected: str) -> WeightsError:

@@ -124,7 +124,14 @@ class Store:
         return slabs.views(self.slabs[name].placement, data)
 
     def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The slab's tensors, mapped, under the names that they have in the module of its part."""
+        """The slab's tensors, one at a time, under the names that they have in the module of its part."""
+        slab = self.slabs[name]
+        for tensor_name, tensor in slabs.read_tensors(self.path, slab):
+            yield slab.prefix + tensor_name, tensor
+            del tensor  # or it would be held while the next one is read
+
+    def mapped_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The same, mapped: for what is looked up here and there."""
         prefix = self.slabs[name].prefix
         for tensor_name, tensor in self.map_slab(name).items():
             yield prefix + tensor_name, tensor

@@ -175,10 +175,16 @@ class Claims:
             return _read(connection, job_id)
 
     def give_back(self, job_id: int) -> Job:
-        """Back to the head of the line, with its checkpoint: paused, or to be tried with another plan."""
+        """Back to the head of the line, with its checkpoint: paused, or to be tried with another plan.
+
+        Where its user has cancelled it meanwhile, that is what it is.
+        """
         with self.database.writing() as connection:
             row = self._mine(connection, job_id)
-            self._end(connection, row, {"state": "queued", "sort_key": keys_at_front(connection, 1)[0]})
+            values: dict[str, object] = {"state": "queued", "sort_key": keys_at_front(connection, 1)[0]}
+            if row["asked"] == "cancel":
+                values = {"state": "cancelled", "reason": "cancelled by user", "finished": self.database.clock()}
+            self._end(connection, row, values)
             return _read(connection, job_id)
 
     def crashed(self, job_id: int, what: str) -> Job:

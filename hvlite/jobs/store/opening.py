@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvlite import paths
-from hvlite.atomic import explained, free_path, sync_folder
+from hvlite.atomic import explained, free_path, make_folder, sync_folder
 from hvlite.errors import Busy, QueueError
 from hvlite.jobs.store.database import (
     Clock,
@@ -71,8 +71,7 @@ def _check_place(path: Path) -> None:
     reason = unfit_file_system(path)
     if reason is not None:
         raise QueueError(f"{reason}: the queue would not be safe there. Set HVLITE_HOME to a folder on a local disk")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
 
 
 def _lock(lock: int, kind: int, path: Path) -> None:

@@ -41,7 +41,7 @@ def note_ended(connection: "sqlite3.Connection", state: str, reason: object) -> 
     settings = read_settings(connection)
     if settings.queue == "draining" and not _running(connection):
         _store(connection, queue="paused")
-    if state == "done":
+    if state in ("done", "parked"):
         _store(connection, streak=0, streak_reason=None)
     if state != "failed":
         return

@@ -126,14 +126,19 @@ class Store:
             return self._insert(action, [change(new) for new in originals], first)
 
     def edit(self, ids: Sequence[int], change: Change) -> None:
-        """Change what is asked for; what was already computed for something else is dropped."""
+        """Change what is asked for; what was computed of another clip is dropped.
+
+        Steps of the same clip stay, whatever it is to be made with now: the worker refuses those of other weights.
+        """
         with self._acting("edit") as action:
             for row in _rows(action.connection, ids, "edit"):
                 old = _as_new(row, with_files=True)
                 new = change(old)
                 values = new_row(new)
+                if new.request != old.request:
+                    values |= AT_START
                 if (new.request, new.how) != (old.request, old.how):
-                    values |= {**AT_START, "crashes": 0, "lost": 0, "resolved": None, "predicted_bytes": None}
+                    values |= {"crashes": 0, "lost": 0, "resolved": None, "predicted_bytes": None}
                 elif not (row["named"] or values["named"]) and values["folder"] == row["folder"]:
                     values["output"] = row["output"]  # reserved when the job first ran
                 _check_names(action.connection, values, row)

@@ -1,0 +1,34 @@
+"""Other programs: the player that a finished clip is opened with."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+OPENERS = ("xdg-open", "wslview")
+
+
+def play(file: Path, player: str | None) -> str | None:
+    """Start the player and leave it alone; None, or why there is none."""
+    command = shlex.split(player) if player else _opener()
+    if command is None:
+        return f"no desktop here to play it on; the file is {file} (y copies its path)"
+    try:
+        subprocess.Popen(
+            [*command, str(file)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"{command[0]} cannot be started: {error.strerror}"
+    return None
+
+
+def _opener() -> list[str] | None:
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or shutil.which("wslview")):
+        return None
+    found = next((path for name in OPENERS if (path := shutil.which(name))), None)
+    return None if found is None else [found]

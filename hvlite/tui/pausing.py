@@ -1,0 +1,24 @@
+"""Pausing the queue and letting it go on, by one key for both."""
+
+from hvlite.jobs.store import Store
+from hvlite.tui.desk import View
+
+
+def turn(store: Store, *, now: bool) -> str:
+    """Pause, or go on where the queue is paused so far already -> what to tell."""
+    asked = any(job.asked == "pause" for job in store.page(("running",)))
+    state = store.settings().queue
+    if state == "paused" or (state == "draining" and (not now or asked)):
+        store.resume()
+        return "the queue goes on"
+    paused = store.pause(now=now)
+    if paused.queue == "paused":
+        return "the queue is paused"
+    return "the running job stops and goes on later" if now else "nothing starts after the running job"
+
+
+def pause_words(view: View) -> str:
+    """Why nothing starts, and the key that changes it."""
+    reason = f": {view.settings.pause_reason}" if view.settings.pause_reason else ""
+    what = "the queue pauses after the running job" if view.settings.queue == "draining" else "the queue is paused"
+    return f"{what}{reason}; p lets it go on"

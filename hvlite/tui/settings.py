@@ -1,0 +1,92 @@
+"""What a user has set (tui.toml, only read) and what the terminal UI remembers by itself (tui.json).
+
+theme = "ansi-light"            # any theme of the palette
+player = "mpv --loop"           # what `o` opens files with
+notify = "desktop"              # what an ended queue or a failure does: "bell" (by default), "desktop", "off"
+pictures = "kitty"              # how frames are drawn: "blocks" (by default); "kitty", "sixel" need the extra `images`
+[keys]
+"queue.cancel" = "ctrl+x"       # names are in the help
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from hvlite import paths
+from hvlite.atomic import explained, replaced_file
+from hvlite.errors import OutputError, ProfileError
+from hvlite.tui.actions import keymap
+
+REMEMBERED = 200
+Drawing = Literal["blocks", "kitty", "sixel"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuiSettings:
+    """`keys` by the names of actions."""
+
+    theme: str | None = None
+    player: str | None = None
+    notify: Literal["bell", "desktop", "off"] = "bell"
+    pictures: Drawing = "blocks"
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The theme that was chosen last, prompts newest first, and forms by the names that they were kept under."""
+
+    theme: str | None = None
+    prompts: tuple[str, ...] = ()
+    templates: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def with_prompts(self, prompts: list[str]) -> "Memory":
+        kept = dict.fromkeys([*reversed(prompts), *self.prompts])
+        return replace(self, prompts=tuple(kept)[:REMEMBERED])
+
+
+def read_settings(file: Path | None = None) -> TuiSettings:
+    """ProfileError says what is wrong with the file; none at all is fine."""
+    file = file or paths.tui_settings_file()
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return TuiSettings()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ProfileError(f"{file} cannot be read: {error}") from None
+    unknown = sorted(set(values) - set(TuiSettings.__dataclass_fields__))
+    if unknown:
+        raise ProfileError(f"{file}: unknown key {unknown[0]!r}; known: theme, player, notify, pictures, [keys]")
+    try:
+        settings = msgspec.convert({**values, "keys": {}}, TuiSettings)
+    except msgspec.ValidationError as error:
+        raise ProfileError(f"{file}: {error}") from None
+    asked: Any = values.get("keys", {})
+    if not isinstance(asked, dict):
+        raise ProfileError(f"{file}: keys must be a table: [keys]")
+    return replace(settings, keys=keymap(asked, file))
+
+
+def read_memory(file: Path | None = None) -> Memory:
+    """What cannot be read is forgotten: nothing hangs on it."""
+    try:
+        return msgspec.json.decode((file or paths.tui_state_file()).read_bytes(), type=Memory)
+    except (OSError, msgspec.MsgspecError):
+        return Memory()
+
+
+def write_memory(memory: Memory, file: Path | None = None) -> str | None:
+    """None, or why it cannot be kept."""
+    file = file or paths.tui_state_file()
+    try:
+        with explained(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(file) as temporary, explained(file):
+            temporary.write_text(json.dumps(msgspec.to_builtins(memory), indent=1), encoding="utf-8")
+    except OutputError as error:
+        return str(error)
+    return None

@@ -1,0 +1,263 @@
+"""What is the same on every screen: settings, keys, themes, palette, help; troubles with the queue; no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from textual.command import CommandPalette
+
+from hvlite import paths
+from hvlite.errors import Busy, ProfileError, RequestError
+from hvlite.jobs.store import open_store
+from hvlite.tui import workers
+from hvlite.tui.actions import ACTIONS, NAMES, actions_of, keymap
+from hvlite.tui.app import THEMES, tui
+from hvlite.tui.desk import Wanted, haystack, look
+from hvlite.tui.dialogs import Reading
+from hvlite.tui.job_table import JobTable
+from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
+from tests.queue_hands import new_job
+from tests.refusal import refusal
+from tests.tui_hands import NOW, added, jobs, opened, prompts, queue, run_next, store_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Starts the UI on the queue of HVLITE_HOME, goes through its screens, and says what was imported.
+DRIVE = """
+import asyncio, json, sys
+from hvlite.tui.app import HvliteApp
+
+async def main():
+    app = HvliteApp()
+    async with app.run_test() as pilot:
+        for key in "231":
+            await pilot.press(*(["escape"] if app.current_mode == "compose" else []), key)
+            await pilot.pause(0.3)
+    print(json.dumps([name for name in ("torch", "transformers", "diffusers") if name in sys.modules]))
+
+asyncio.run(main())
+"""
+
+
+def test_no_torch_in_its_process() -> None:
+    queue("apple")
+    shown = subprocess.run([sys.executable, "-c", DRIVE], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout) == []
+
+
+def test_every_action_has_a_name_of_its_own_words_and_no_key_twice_on_a_screen() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    for parts in (("queue", "table", "app"), ("gallery", "table", "app"), ("compose",)):
+        keys = [key for action in actions_of(*parts) for key in action.keys.split(",")]
+        assert sorted(set(keys)) == sorted(keys)
+    assert not [
+        key for action in ACTIONS for key in action.keys.split(",") if key in {"ctrl+h", "ctrl+i", "ctrl+j", "ctrl+m"}
+    ]
+    assert all(action.help for action in ACTIONS)
+
+
+def test_settings_are_read_and_refused_in_one_line() -> None:
+    file = paths.tui_settings_file()
+    assert read_settings() == TuiSettings()
+    file.write_text('theme = "ansi-light"\nplayer = "mpv"\n[keys]\n"queue.cancel" = "ctrl+x"\n')
+    assert read_settings() == TuiSettings(theme="ansi-light", player="mpv", keys={"queue.cancel": "ctrl+x"})
+    for text, word in (
+        ("theme = 3", "theme"),
+        ("colour = 3", "unknown key 'colour'"),
+        ('keys = "x"', "[keys]"),
+        ('[keys]\n"queue.cancle" = "x"', "did you mean 'queue.cancel'?"),
+        ('[keys]\n"queue.cancel" = 3', "must be keys"),
+        ('[keys]\n"queue.cancel" = "a"\n"table.mark" = "b,a"', "gives 'a' to both"),
+        ("theme = ", "cannot be read"),
+    ):
+        file.write_text(text)
+        refusal(read_settings, str(file), word, kind=ProfileError)
+    assert keymap({}, "here") == {}
+    assert keymap({"queue.cancel": "a", "gallery.remove": "a"}, "here") == {"queue.cancel": "a", "gallery.remove": "a"}
+
+
+def test_memory_outlives_a_broken_file_and_keeps_each_prompt_once() -> None:
+    memory = Memory().with_prompts(["one", "two"]).with_prompts(["one"])
+    assert memory.prompts == ("one", "two")
+    assert write_memory(memory) is None
+    assert read_memory() == memory
+    paths.tui_state_file().write_text("{broken")
+    assert read_memory() == Memory()
+    paths.tui_state_file().unlink()
+    paths.tui_state_file().mkdir()
+    assert "cannot be written" in str(write_memory(memory))
+
+
+@pytest.mark.asyncio
+async def test_keys_are_the_users() -> None:
+    queue("apple", "banana")
+    keys = keymap({"queue.move_bottom": "ctrl+b"}, "here")
+    async with opened(size=(140, 90), settings=TuiSettings(keys=keys)) as hands:
+        await hands.press("B")
+        assert prompts("queued") == ["apple", "banana"]
+        await hands.press("ctrl+b")
+        assert prompts("queued") == ["banana", "apple"]
+        await hands.press("question_mark")
+        lines = hands.screen_text().splitlines()
+        assert "ctrl+b" in next(line for line in lines if "queue.move_bottom" in line)
+        assert "ctrl+b" not in next(line for line in lines if "table.page_up" in line)
+
+
+@pytest.mark.asyncio
+async def test_themes_go_round_and_the_last_one_is_remembered() -> None:
+    async with opened(settings=TuiSettings(theme=THEMES[1])) as hands:
+        assert hands.app.theme == THEMES[1]
+        await hands.press("t")
+        assert hands.app.theme == THEMES[2]
+    async with opened(memory=read_memory()) as hands:
+        assert hands.app.theme == THEMES[2]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("theme", ["ansi-dark", "ansi-light"])
+async def test_in_the_terminals_own_colours_the_cursor_is_a_row_in_reverse(theme: str) -> None:
+    queue("apple", "banana")
+    run_next()
+    async with opened(memory=Memory(theme=theme)) as hands:
+        table = hands.app.front.query_one(JobTable)
+        at_cursor, below = table.render_line(1), table.render_line(2)
+        assert all(segment.style and segment.style.reverse for segment in at_cursor)
+        assert not any(segment.style and segment.style.reverse for segment in below)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("screen", ["1", "2", "3"])
+async def test_help_tells_every_key_of_the_screen(screen: str) -> None:
+    async with opened(size=(140, 90)) as hands:
+        await hands.press("2", "escape") if screen == "2" else await hands.press(screen)
+        if screen == "2":
+            hands.app.go("compose")
+            await hands.settle()
+            hands.app.action_help()
+            await hands.settle()
+        else:
+            await hands.press("question_mark")
+        assert isinstance(hands.app.screen, Reading)
+        parts = {"1": ("queue", "table", "app"), "2": ("compose", "app"), "3": ("gallery", "table", "app")}[screen]
+        for action in actions_of(*parts):
+            assert action.name in hands.screen_text()
+        await hands.press("escape")
+        assert not isinstance(hands.app.screen, Reading)
+
+
+@pytest.mark.asyncio
+async def test_the_palette_shows_the_command_beside_the_action_and_does_it() -> None:
+    queue("apple", "banana")
+    async with opened() as hands:
+        await hands.press("j", "colon")
+        assert isinstance(hands.app.screen, CommandPalette)
+        await hands.type("next in line")
+        await hands.until_shown("hvlite queue mv 2 --top")
+        await hands.press("down", "enter")
+        await hands.settle()
+        assert prompts("queued") == ["banana", "apple"]
+
+
+@pytest.mark.asyncio
+async def test_tabs_can_be_clicked() -> None:
+    async with opened() as hands:
+        await hands.pilot.click("#tab-gallery")
+        await hands.settle()
+        assert hands.app.current_mode == "gallery"
+
+
+@pytest.mark.asyncio
+async def test_a_queue_that_is_busy_is_said_to_be_and_comes_back() -> None:
+    queue("apple")
+    async with opened() as hands:
+        store = store_of(hands.app)
+        version = store.data_version
+
+        def busy() -> int:
+            raise Busy("queue.db was busy for 10 seconds")
+
+        store.data_version = busy  # type: ignore[method-assign]
+        await hands.settle()
+        assert "the queue cannot be read: queue.db was busy" in hands.screen_text()
+        assert "apple" in hands.screen_text()
+        store.data_version = version  # type: ignore[method-assign]
+        await hands.settle()
+        assert "cannot be read" not in hands.screen_text()
+
+
+@pytest.mark.asyncio
+async def test_a_write_that_others_hold_up_freezes_nothing() -> None:
+    queue("apple", "banana")
+    async with opened() as hands:
+        with open_store() as other, other.database.writing():
+            await hands.pilot.press("T")
+            await hands.pilot.press("j")
+            await hands.pilot.pause()
+            assert hands.app.undone_work == 1
+            assert "banana" in hands.screen_text()
+        await hands.settle()
+        assert hands.app.undone_work == 0
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_is_gone_or_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue("apple")
+    run_next()
+    paths.lock_file("cpu").parent.mkdir()
+    async with opened() as hands:
+        await hands.until_shown("the worker of job 1 is gone: nothing is lost, W starts a new one")
+    now = [0.0]
+    monkeypatch.setattr(workers, "held_locks", lambda: {"cpu": 4711})
+    async with opened(steady=lambda: now[0]) as hands:
+        await hands.until_shown("worker on")
+        now[0] = 61.0
+        await hands.until_shown("no sign of life from its worker for 61 s")
+        with open_store() as store:
+            store.claims("somebody's worker", "cpu", {None}).report(1)
+        await hands.settle()
+        assert "no sign of life" not in hands.screen_text()
+
+
+@pytest.mark.asyncio
+async def test_ten_thousand_jobs_are_as_quick_as_ten() -> None:
+    added([new_job(f"number {index}", seed=index) for index in range(10_000)])
+    async with opened() as hands:
+        assert "10000 queued" in hands.screen_text()
+        await hands.press("G")
+        await hands.until_shown("number 9999")
+        await hands.press("T")
+        assert jobs("queued")[0].prompt == "number 9999"
+        await hands.until_shown("number 9999")
+        assert len(hands.app.front.query_one(JobTable)._rows) <= 200
+
+
+def test_a_look_reads_a_page_and_finds_the_followed_job_wherever_it_is() -> None:
+    ids = added([new_job(f"{'odd' if index % 2 else 'even'} number") for index in range(400)])
+    with open_store() as store:
+        view = look(store, Wanted(start=0, follow=ids[350]), NOW)
+        assert (len(view.jobs), view.total, view.followed) == (150, 400, 350)
+        found = look(store, Wanted(words="number odd", follow=ids[41]), NOW)
+        assert (len(found.jobs), found.total, found.followed) == (150, 200, 20)
+        assert "seed0" in haystack(view.jobs[0])
+
+
+def test_the_kernels_list_of_locks_is_read(tmp_path: Path) -> None:
+    held, free = tmp_path / "cpu.lock", tmp_path / "GPU-1.lock"
+    held.touch()
+    free.touch()
+    listed = tmp_path / "locks"
+    listed.write_text(
+        f"1: FLOCK  ADVISORY  WRITE 4711 08:01:{held.stat().st_ino} 0 EOF\n"
+        f"1: -> FLOCK  ADVISORY  WRITE 4712 08:01:{free.stat().st_ino} 0 EOF\n"
+        "2: POSIX  ADVISORY  READ 1 08:01:99 0 EOF\n"
+    )
+    assert workers.held_locks(tmp_path, listed) == {"cpu": 4711}
+    assert workers.held_locks(tmp_path / "none", listed) == {}
+    assert workers.held_locks(tmp_path, tmp_path / "none") == {}
+
+
+def test_without_a_terminal_it_says_what_there_is_for_scripts() -> None:
+    refusal(tui, "needs a terminal", "hvlite queue ls --json", kind=RequestError)
