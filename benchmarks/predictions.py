@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 from cold import free_bytes, in_fresh_process, working_folder
 from random_store import small_model, write_random_store
@@ -88,7 +89,8 @@ def main() -> None:
             where = "in memory" if row.resident else "from disk"
             clip = "x".join(str(each) for each in row.shape)
             print(f"| {clip} | {where} | {row.measured_s:.2f} | {row.predicted_s:.2f} | {row.error:+.1%} |", flush=True)
-    print(json.dumps({"benchmark": "predictions", **vars(arguments), "rows": rows}, default=str))
+    measured = msgspec.to_builtins(rates)
+    print(json.dumps({"benchmark": "predictions", **vars(arguments), "rates": measured, "rows": rows}, default=str))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ import psutil
 from hvlite.jobs.job import How, NewJob, Progress
 from hvlite.jobs.store import open_store
 from hvlite.request import Request
-from hvlite.tui.app import HvliteApp, Surroundings
+from hvlite.tui.app import HvliteApp
+from hvlite.tui.surroundings import Surroundings
 
 START_S, START_MANY_S, KEY_MS = 1.0, 2.0, 100.0
 # What Python keeps of one update; an object that leaks is one or more.

@@ -224,6 +224,12 @@ def _opened(name: str, how: ModelFlags, talk: Talk) -> Iterator["Model"]:
     device = choose_device(how.device)
     if how.device is None and (note := unused_card_note()):
         talk.say(note)
+    if device.type == "cuda":
+        from hvlite.jobs.devices import check_free
+        from hvlite.jobs.store import open_store
+
+        with open_store() as store:
+            check_free(str(device), lambda: store.page(("running",)))
     with open_asked(name, how, device, talk.packing) as model:
         talk.close()
         yield model

@@ -17,7 +17,7 @@ from hvlite.cli_tables import job_table, span
 from hvlite.errors import ExitCode, RequestError
 from hvlite.jobs.batch import Batch, parse_seeds, read_batch
 from hvlite.jobs.eta import History
-from hvlite.jobs.job import Job, NewJob, job_json
+from hvlite.jobs.job import How, Job, NewJob, job_json
 from hvlite.jobs.prompt_files import MOST_BYTES, BatchError, Format
 from hvlite.jobs.store import open_store
 from hvlite.progress import Talk, print_json
@@ -37,6 +37,7 @@ def batch_command(
     where: OutputFlags | None = None,
     form: Annotated[Format | None, Parameter(name="--format")] = None,
     seeds: str | None = None,
+    stop_after_step: int | None = None,
     dry_run: bool = False,
     first: Next = False,
 ) -> int:
@@ -50,6 +51,8 @@ def batch_command(
         txt, lines (a prompt a line), csv, jsonl or toml (by default by the file's name, else by its content).
     seeds
         Seeds for prompts without one: 0,1,5-9, or 3x for three of them from --seed.
+    stop_after_step
+        Make drafts: stop after so many steps, and wait for `hvlite queue finish`.
     dry_run
         Show what would be queued, and queue nothing.
     """
@@ -58,8 +61,10 @@ def batch_command(
     if where.output is not None or where.save_latents is not None:
         raise RequestError("--output and --save-latents name one file: use --save-path FOLDER, or a column `output`")
     defaults = given_fields(what)
-    Request("", **defaults)  # the flags have their own words for what is wrong with them
+    # the flags have their own words for what is wrong with them
+    NewJob(request=Request("", **defaults), how=How(), folder=where.save_path, stop_after=stop_after_step)
     wanted = None if seeds is None else parse_seeds(seeds, defaults.get("seed", 0))
+    defaults |= {} if stop_after_step is None else {"stop_after_step": stop_after_step}
     raw = _read(file)
     try:
         batch = read_batch(raw, name=file.name, form=form, defaults=defaults, seeds=wanted, draw=draw_seed)
@@ -69,7 +74,8 @@ def batch_command(
         talk.insist(note)
     clips = [entry.request for entry in batch.entries]
     outputs = [entry.output for entry in batch.entries]
-    jobs = new_jobs(clips, job_how(how, talk), where, None, outputs)
+    stops = [entry.stop_after for entry in batch.entries]
+    jobs = new_jobs(clips, job_how(how, talk), where, stops, outputs)
     talk.say(f"read {file} as {batch.format}: {_count(batch.prompts, 'prompt')}, {_count(len(jobs), 'clip')}")
     if dry_run:
         return show_dry_run(batch, jobs, talk, json=where.json)
@@ -115,8 +121,9 @@ def show_dry_run(batch: Batch, jobs: Sequence[NewJob], talk: Talk, *, json: bool
     from hvlite.cli_outlook import outlooks
 
     history, looks = past(), outlooks([job.request for job in jobs], jobs[0].how)
-    learnt = [history.seconds(job.request, job.how) for job in jobs]
-    seconds = [look.seconds if each is None else each for each, look in zip(learnt, looks, strict=True)]
+    learnt = [history.seconds(job.request, job.how, stop_after=job.stop_after) for job in jobs]
+    planned = [look.seconds_of(job.stop_after) for job, look in zip(jobs, looks, strict=True)]
+    seconds = [known if known is not None else guess for known, guess in zip(learnt, planned, strict=True)]
     known = [each for each in seconds if each is not None]
     total = sum(known) if len(known) == len(jobs) else None
     shown = [_as_job(new, index + 1) for index, new in enumerate(jobs)]
@@ -160,4 +167,5 @@ def _as_job(new: NewJob, position: int) -> Job:
         how=new.how,
         folder=new.folder,
         output=new.output,
+        stop_after=new.stop_after,
     )

@@ -10,9 +10,11 @@ from typing import Annotated, Any, get_args
 from cyclopts import Parameter
 
 from hvlite.cli_flags import ModelFlags, RequestFlags, draw_seed, given_fields
-from hvlite.cli_jobs import Ids, Json, Next, absolute, changed, given_how, named_jobs, opened, tell_added, tell_idle
+from hvlite.cli_jobs import Ids, Json, Next, changed, named_jobs, opened, tell_added, tell_idle
 from hvlite.cli_tables import ranges_text
 from hvlite.errors import ExitCode, HvliteError, RequestError
+from hvlite.jobs.asking import absolute, given_how
+from hvlite.jobs.devices import any_worker
 from hvlite.jobs.job import NewJob, Place, Spot, ids_of
 from hvlite.progress import print_json, printable
 
@@ -54,6 +56,9 @@ def edit_command(
             raise RequestError(f"--output names one file, {ranges_text(numbers)} are {len(numbers)} jobs")
         store.edit(numbers, lambda new: changed(new, fields, given, files, stop_after_step))
         talk.say(f"changed {named_jobs(numbers)}; undo: hvlite queue undo")
+        ended = [number for number in numbers if store.job(number).state != "queued"]
+        if ended:
+            talk.say(f"{named_jobs(ended)} will run again only by: hvlite queue retry {ranges_text(ended)}")
     return ExitCode.DONE
 
 
@@ -159,8 +164,10 @@ def cancel_command(ids: Ids, /) -> int:
         waiting = [number for number in numbers if number not in running]
         if waiting:
             talk.say(f"cancelled {named_jobs(waiting)}; undo: hvlite queue undo")
-        if running:
+        if running and any_worker():
             talk.say(f"{named_jobs(running)} will stop at the next block; to go on from there: hvlite queue retry")
+        elif running:
+            talk.say(f"the worker of {named_jobs(running)} is gone; the next one cancels what it left: hvlite work")
     return ExitCode.DONE
 
 
@@ -194,11 +201,11 @@ def retry_command(
 
 
 def finish_command(ids: Ids, /, *, first: Next = False) -> int:
-    """Queue drafts again, now to their end."""
+    """Have drafts rendered to their end: parked ones are queued again, waiting ones keep their place."""
     with opened() as (store, talk):
         numbers = store.numbers(ids_of(ids))
         store.finish(numbers, first=first)
-        talk.say(f"queued {named_jobs(numbers)} to the end; undo: hvlite queue undo")
+        talk.say(f"{named_jobs(numbers)} will be rendered to the end; undo: hvlite queue undo")
         tell_idle(store, talk)
     return ExitCode.DONE
 
@@ -291,7 +298,7 @@ def settings_command(
     failure_limit
         Pause the queue after so many failures in a row with one reason (3).
     on_done
-        A command that the worker runs when the queue is empty; an empty one removes it.
+        A command that the worker runs after every job, and when the queue is empty or pauses itself; '' removes it.
     """
     asked = {"crash_limit": crash_limit, "lost_limit": lost_limit, "failure_limit": failure_limit}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

@@ -3,27 +3,22 @@
 Also what all commands of the queue share: job numbers as they are typed, the opened store, and what is said of jobs.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from os.path import abspath, lexists
-from pathlib import Path
+from os.path import lexists
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from hvlite import paths
 from hvlite.atomic import check_new
 from hvlite.cli_flags import ModelFlags, OutputFlags, model_name
 from hvlite.cli_tables import NO_WORKER, ranges_text
-from hvlite.dims import HUNYUANVIDEO
-from hvlite.errors import OutputError, RequestError, WeightsError
+from hvlite.errors import OutputError
+from hvlite.jobs.asking import absolute, given_how, known_model
 from hvlite.jobs.devices import any_worker
-from hvlite.jobs.job import How, NewJob, job_json
+from hvlite.jobs.job import How, NewJob, check_suffix, job_json
 from hvlite.jobs.store import Store, open_store
-from hvlite.memory.geometry import parse_tiles
-from hvlite.profile import load_profile
 from hvlite.progress import Talk, print_json, printable
 from hvlite.request import Request
 
@@ -34,67 +29,23 @@ Ids = Annotated[list[str], Parameter(help="Job numbers: 3, or 3-7, or 3,5-7.")]
 Next = Annotated[bool, Parameter(name="--next", help="Put it at the head of the line.")]
 Json = Annotated[bool, Parameter(name="--json", help="One object on stdout.")]
 
-DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
-EMBEDDED = "shapes"
-
 
 def job_how(flags: ModelFlags, talk: Talk, made_with: "ModelMade | None" = None) -> How:
     """With which weights and where, for a new job: the model is always named."""
-    return How(**{**given_how(flags), "model": _model(model_name(flags, talk, made_with))})
-
-
-def given_how(flags: ModelFlags) -> dict[str, Any]:
-    """The fields of How that were typed, checked as far as that goes without loading anything."""
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    for name, value in given.items():
-        if isinstance(value, Path):
-            given[name] = absolute(value)
-            if not given[name].exists():
-                raise WeightsError(f"--{name.replace('_', '-')} {given[name]} is not there")
-    if "model" in given:
-        given["model"] = _model(given["model"])
-    if "device" in given and not DEVICE.fullmatch(given["device"]):
-        raise RequestError(f"a queued clip runs on cpu, cuda or cuda:N, not on {given['device']!r}")
-    if given.get("profile") not in (None, "auto"):
-        given["profile"] = _profile(given["profile"], flags)
-    parse_tiles(given.get("decode_tile", "auto"))
-    return given
-
-
-def _model(name: str) -> str:
-    """A name as it is, a folder as an absolute path; WeightsError where there is no such model."""
-    if name == EMBEDDED:
-        return name
-    if name == HUNYUANVIDEO.name:
-        folder = paths.models_folder() / name
-        if not folder.is_dir():
-            raise WeightsError(f"{name} is not on this machine (looked in {folder}); hvlite models fetch gets it")
-        return name
-    folder = absolute(Path(name))
-    if not folder.is_dir():
-        raise WeightsError(f"there is no model folder {folder}; known names: {EMBEDDED}, {HUNYUANVIDEO.name}")
-    return str(folder)
-
-
-def _profile(name: str, flags: ModelFlags) -> str:
-    load_profile(name, **flags.overrides())
-    return str(absolute(Path(name))) if name.endswith(".toml") else name
-
-
-def absolute(path: Path) -> Path:
-    """From here, without `..`; RequestError for a name that no database could hold."""
-    plain = Path(abspath(path.expanduser()))
-    try:
-        str(plain).encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{str(plain)!a} is no UTF-8 file name") from None
-    return plain
+    return How(**{**given_how(flags), "model": known_model(model_name(flags, talk, made_with))})
 
 
 def new_jobs(
-    clips: Sequence[Request], how: How, where: OutputFlags, stop_after: int | None, outputs: Sequence[str | None] = ()
+    clips: Sequence[Request],
+    how: How,
+    where: OutputFlags,
+    stops: Sequence[int | None],
+    outputs: Sequence[str | None] = (),
 ) -> list[NewJob]:
-    """A job for each clip; what could not be written is refused now. `outputs` are names in the output folder."""
+    """A job for each clip; what could not be written is refused now. `outputs` are names in the output folder.
+
+    `stops` are the steps after which the clips are parked, as drafts.
+    """
     jobs = []
     for index, clip in enumerate(clips):
         named = where.output
@@ -109,7 +60,7 @@ def new_jobs(
             folder=absolute(where.save_path if named is None else named.parent),
             output=None if named is None else absolute(named),
             latents=None if latents is None else absolute(latents),
-            stop_after=stop_after,
+            stop_after=stops[index],
         )
         check_places(job)
         jobs.append(job)
@@ -127,15 +78,6 @@ def check_places(job: NewJob) -> None:
         raise OutputError(f"{job.output.parent} is not a folder. Choose another one.")
 
 
-def check_suffix(output: Path, request: Request) -> None:
-    """RequestError for an .mp4 of one frame or a .png of several; unknown counts are left to the worker."""
-    if request.frames is None:
-        return
-    suffix = ".png" if request.frames == 1 else ".mp4"
-    if output.suffix.lower() != suffix:
-        raise RequestError(f"{request.frames} frame(s) make a {suffix} file; the output is named {output.name}")
-
-
 def changed(
     new: NewJob, what: dict[str, Any], how: dict[str, Any], files: dict[str, Any], stop_after: int | None
 ) -> NewJob:
@@ -147,8 +89,10 @@ def changed(
         stop_after=stop_after if stop_after is not None else new.stop_after,
         **files,
     )
-    if result.output is not None and result.output != new.output:
-        check_places(result)
+    if result.output is not None:
+        check_suffix(result.output, result.request)
+        if result.output != new.output:
+            check_places(result)
     return result
 
 

@@ -118,7 +118,13 @@ class Outlook:
 
     clip: str
     plan: Plan
+    steps: int
     seconds: float | None
+
+    def seconds_of(self, stop_after: int | None) -> float | None:
+        """A draft takes its share of the steps; what comes before them hardly counts."""
+        share = min(1.0, (stop_after or self.steps) / self.steps)
+        return None if self.seconds is None else self.seconds * share
 
     @property
     def text(self) -> str:
@@ -138,7 +144,7 @@ def outlooks(requests: Sequence[Request], how: How) -> list[Outlook]:
         plan = plan_clip(resolved, profile, setting, room, wishes)
         predicted = predict(plan, rates, cores=os.cpu_count() or 1) if rates is not None and plan.fits else None
         seconds = None if predicted is None else predicted.clip_s
-        return Outlook(clip=clip_text(resolved), plan=plan, seconds=seconds)
+        return Outlook(clip=clip_text(resolved), plan=plan, steps=resolved.steps, seconds=seconds)
 
     made: dict[tuple[object, ...], Outlook] = {}
     found = []

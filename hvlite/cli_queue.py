@@ -105,7 +105,8 @@ def _view(store: Store, states: Sequence[State]) -> tuple[list[Job], dict[int, f
     jobs = store.page(tuple(dict.fromkeys(("running", "queued", *states))))
     running, queued = ([job for job in jobs if job.state == state] for state in ("running", "queued"))
     shown = [job for state in states for job in jobs if job.state == state]
-    return shown, finish_times(running, queued, history, now), now
+    is_active = store.settings().queue == "active"
+    return shown, finish_times(running, queued, history, now, is_active=is_active), now
 
 
 def _table(store: Store, states: Sequence[State], limit: int, width: int) -> tuple[list[str], list[str]]:
@@ -217,7 +218,8 @@ def add_command(
     talk = Talk(quiet=where.quiet)
     request, made = request_from(prompt, what, like)
     clips = clips_of(request, num_videos, where)
-    jobs = new_jobs(clips, job_how(how, talk, made.model if made else None), where, stop_after_step)
+    stops = [stop_after_step] * len(clips)
+    jobs = new_jobs(clips, job_how(how, talk, made.model if made else None), where, stops)
     with opened(talk) as (store, _):
         tell_added(store, store.add(jobs, first=first), talk, json=where.json)
     return ExitCode.DONE

@@ -72,10 +72,15 @@ def work_command(
         with halted(shown) as halt:
             supervisor = Supervisor(store, (place, lock), shown, orders, halt)
             supervisor.run()
-        shown.summary({**supervisor.tally}, store.counts()["queued"])
+        queued, is_paused = store.counts()["queued"], store.settings().queue != "active"
+        shown.summary({**supervisor.tally}, queued)
+        if is_paused and queued:
+            shown.say("the queue is paused; go on: hvlite queue resume")
     if halt.code is not None:
         return halt.code
-    return ExitCode.SOME_FAILED if supervisor.tally["failed"] else ExitCode.DONE
+    if supervisor.tally["failed"]:
+        return ExitCode.SOME_FAILED
+    return ExitCode.FAILED if until_empty and is_paused and queued else ExitCode.DONE
 
 
 def _check(orders: Orders) -> None:

@@ -134,13 +134,18 @@ def _rungs(run: Run, latents: Tensor) -> Iterator[Rung]:
         first = leaner if isinstance(first.tiles, Exact) else first
         model.release(keep=("vae",))
         yield _rung(run, latents)
-    if model.device.type == "cuda":
+    if has_another_memory(model.device):
         model.release(pinned=False)  # the decode takes place where they lie
         on_cpu = model.vae_on_cpu()
         taken = latents.float().cpu() / model.dims.vae.scaling_factor
         run.plan = first
         assert isinstance(first.tiles, TileGeometry), "tiles follow an exact decode"
         yield from tile_rungs(taken, on_cpu.decode, first.tiles, " on the CPU")
+
+
+def has_another_memory(device: torch.device) -> bool:
+    """Whether the host's memory is not the device's own."""
+    return device.type == "cuda"
 
 
 def _rung(run: Run, latents: Tensor) -> Rung:

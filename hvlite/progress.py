@@ -177,14 +177,19 @@ class Plain:
         self.stage = stage
         self.began = self.spoke = time.monotonic()
         self.tenth = 0
+        self.first: int | None = None
+        """What was done when this began: most of it, perhaps, by an earlier attempt."""
 
     def show(self, done: int, total: int, where: str) -> None:
         now, tenth = time.monotonic(), 10 * done // total
+        if self.first is None:
+            self.first = done
         if tenth == self.tenth and now - self.spoke < PLAIN_SECONDS:
             return
         self.tenth, self.spoke = tenth, now
-        left = (now - self.began) / done * (total - done)
-        self.talk.say(f"{self.stage} {100 * done // total:3d} %  {where}  eta {_clock(left)}")
+        made = done - self.first
+        eta = f"  eta {_clock((now - self.began) / made * (total - done))}" if made else ""
+        self.talk.say(f"{self.stage} {100 * done // total:3d} %  {where}{eta}")
 
     def close(self) -> None:
         """Nothing is held."""

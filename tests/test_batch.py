@@ -124,6 +124,13 @@ def test_what_a_file_does_not_say_comes_from_the_flags() -> None:
     ]
 
 
+def test_drafts_are_a_column_too() -> None:
+    text = "prompt,steps,Stop-After-Step\na,8,3\nb,8,\n"
+    assert [entry.stop_after for entry in read(text, "x.csv").entries] == [3, None]
+    by_flag = read('{"prompt": "a", "stop_after_step": 2}\n"b"\n', "x.jsonl", defaults={"stop_after_step": 5})
+    assert [entry.stop_after for entry in by_flag.entries] == [2, 5]
+
+
 def test_seeds_multiply_the_entries_that_have_none() -> None:
     text = 'prompt,seed,seeds\na,,\nb,5,\nc,,"7,9"\nd,-1,\n'
     found = [(request.prompt, request.seed) for request in requests(text, "x.csv", seeds=[0, 1])]
@@ -198,6 +205,12 @@ def test_every_fault_is_told_with_line_and_field() -> None:
         ("x.csv", "prompt,seed,seeds\na,1,2\n", "line 2, seeds: seed and seeds are both given"),
         ("x.csv", "prompt,output,seeds\na,a.mp4,2x\n", "line 2, output: one file name for 2 seeds"),
         ("x.csv", "prompt,output\na,a.mp4\nb,a.mp4\n", "line 3, output: a.mp4 is line 2's file"),
+        (
+            "x.csv",
+            "prompt,steps,stop_after_step\na,4,4\n",
+            "line 2, stop_after_step: must be below the steps (4); got 4",
+        ),
+        ("x.csv", "prompt,stop_after_step\na,0\n", "line 2, stop_after_step: Expected `int` >= 1"),
         ("x.csv", "prompt,output\na,../a.mp4\n", "line 2, output: '../a.mp4' must be a file name without a folder"),
         ("x.csv", "prompt,output\na,a.webm\n", "line 2, output: 'a.webm' must end in .mp4"),
         ("x.jsonl", '{"prompt": "a"', "line 1: not valid JSON"),

@@ -1,5 +1,6 @@
 """`hvlite plan`: its advice can be followed, and it speaks of what it was asked about."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,17 @@ def test_rates_of_another_device_predict_nothing(capsys: pytest.CaptureFixture[s
     assert "predicted" not in call(capsys, *ask)[1]
     save_rates(replace(rates, made_by=f"{cpu_name()}, 2 threads, torch 2"), paths.rates_file())
     assert "predicted" in call(capsys, *ask)[1]
+
+
+def test_a_draft_is_planned_for_with_its_share_of_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = card_rates(find_card("4090"), disk_read=1e9)
+    save_rates(replace(rates, made_by=f"{cpu_name()}, 2 threads, torch 2"), paths.rates_file())
+    (tmp_path / "one.txt").write_text("a")
+    ask = ("batch", str(tmp_path / "one.txt"), "--dry-run", "--json", "--device", "cpu", "--dtype", "bf16")
+    whole, draft = (
+        json.loads(call(capsys, *ask, "--steps", "8", *more)[1])["seconds"] for more in ((), ("--stop-after-step", "4"))
+    )
+    assert draft == pytest.approx(whole / 2)
 
 
 def test_a_profile_is_of_what_its_base_is_of(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from hvlite import cli_jobs, paths
+from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import ExitCode
+from hvlite.jobs.asking import absolute
 from hvlite.jobs.devices import take_lock
 from hvlite.jobs.job import Outcome, Progress
 from hvlite.jobs.store import open_store
@@ -180,6 +181,17 @@ def test_edit_changes_only_what_is_given(hvlite: Call, tmp_path: Path) -> None:
     assert hvlite("queue", "edit", "1-2", "-o", "c.mp4")[0] == ExitCode.USAGE
 
 
+def test_an_edit_does_not_leave_a_file_that_the_clip_cannot_become(hvlite: Call) -> None:
+    hvlite("queue", "add", "a", "-o", "a.mp4")
+    code, _, err = hvlite("queue", "edit", "1", "--frames", "1")
+    assert code == ExitCode.USAGE
+    assert "1 frame(s) make a .png file; the output is named a.mp4" in err
+    assert jobs(hvlite)[0]["request"]["frames"] is None
+    assert hvlite("queue", "edit", "1", "--frames", "1", "-o", "a.png")[0] == ExitCode.DONE
+    assert hvlite("queue", "edit", "1", "--frames", "5")[0] == ExitCode.USAGE
+    assert hvlite("queue", "edit", "1", "--frames", "5", "--save-path", "clips")[0] == ExitCode.DONE
+
+
 def test_a_duplicate_may_differ(hvlite: Call) -> None:
     hvlite("queue", "add", "a", "--seed", "4")
     assert hvlite("queue", "dup", "1", "--steps", "3")[1] == "2\n"
@@ -263,10 +275,16 @@ def test_cancel_and_pause_say_when_they_take_effect(hvlite: Call) -> None:
     with open_store() as store:
         claims = store.claims("host 1", "cpu", {None})
         claims.claim()
+    lock = take_lock("cpu")
+    assert lock is not None
     code, _, err = hvlite("queue", "cancel", "1-2")
+    lock.close()
     assert code == ExitCode.DONE
     assert "cancelled job 2; undo: hvlite queue undo" in err
     assert "job 1 will stop at the next block" in err
+    assert "the worker of job 1 is gone" in hvlite("queue", "cancel", "1")[2]
+    hvlite("queue", "edit", "2", "--steps", "3")
+    assert "job 2 will run again only by: hvlite queue retry 2" in hvlite("queue", "edit", "2", "--steps", "4")[2]
     assert "cancelling" in hvlite("queue")[1]
     assert "the running job stops at its next block" in hvlite("queue", "pause", "--now")[2]
     assert "the queue is pausing" in hvlite("queue")[2]
@@ -294,6 +312,14 @@ def test_a_paused_queue_takes_jobs_and_says_that_it_is(hvlite: Call) -> None:
     assert "the queue is paused;" in hvlite("queue", "pause")[2]
     assert "the queue is paused" in hvlite("queue", "add", "a")[2]
     assert json.loads(hvlite("queue", "ls", "--json")[1])["queue"]["state"] == "paused"
+
+
+def test_only_an_active_queue_says_when_it_is_done(hvlite: Call) -> None:
+    hvlite("queue", "add", "a", "--num-videos", "2", "--size", "64", "64", "--frames", "17", "--steps", "10")
+    run(seconds_per_step=2.0, timings={"denoise": 20.0, "decode": 5.0})
+    assert "all done about" in hvlite("queue")[2]
+    hvlite("queue", "pause")
+    assert "all done about" not in hvlite("queue")[2]
 
 
 def test_settings_are_shown_and_changed(hvlite: Call) -> None:
@@ -360,6 +386,22 @@ def test_batch_queues_a_whole_file(hvlite: Call) -> None:
     assert "`batch` of jobs 1-415 is undone" in hvlite("queue", "undo")[2]
 
 
+def test_batch_makes_drafts_which_may_be_made_whole_before_they_run(hvlite: Call, tmp_path: Path) -> None:
+    (tmp_path / "two.csv").write_text("prompt,stop_after_step\na,\nb,2\n")
+    code, _, err = hvlite("batch", "two.csv", "--stop-after-step", "4", "--steps", "8")
+    assert code == ExitCode.DONE, err
+    hvlite("queue", "add", "whole")
+    assert [job["stop_after"] for job in jobs(hvlite)] == [4, 2, None]
+    code, _, err = hvlite("queue", "finish", "1-2")
+    assert code == ExitCode.DONE
+    assert "jobs 1-2 will be rendered to the end" in err
+    assert [(job["id"], job["stop_after"]) for job in jobs(hvlite)] == [(1, None), (2, None), (3, None)]
+    hvlite("queue", "undo")
+    hvlite("queue", "finish", "2", "--next")
+    assert [(job["id"], job["stop_after"]) for job in jobs(hvlite)] == [(2, None), (1, 4), (3, None)]
+    assert "waiting already, and no draft" in hvlite("queue", "finish", "3")[2]
+
+
 def test_a_dry_run_queues_nothing_and_makes_no_queue(hvlite: Call) -> None:
     code, out, err = hvlite("batch", str(PROMPTS), "--dry-run", "--seeds", "2x")
     assert code == ExitCode.DONE
@@ -410,6 +452,7 @@ def test_a_faulty_file_queues_nothing_and_tells_every_fault(hvlite: Call, tmp_pa
         (("one.csv", "-o", "a.mp4"), "use --save-path FOLDER"),
         (("one.csv", "--seeds", "3-1"), "'3-1' would be 0 seeds"),
         (("one.csv", "--frames", "6"), "Nearest: 5"),
+        (("one.csv", "--stop-after-step", "0"), "--stop-after-step must be at least 1; got 0"),
         (("one.csv", "--format", "xml"), "--format"),
         (("one.csv", "--stepz", "3"), "--steps"),
         (("taken.csv",), "nothing is ever overwritten"),
@@ -457,4 +500,4 @@ def test_help_names_every_command(hvlite: Call) -> None:
 
 def test_names_are_absolute_and_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli_jobs.absolute(Path("a/../b")) == tmp_path / "b"
+    assert absolute(Path("a/../b")) == tmp_path / "b"

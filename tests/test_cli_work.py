@@ -47,6 +47,14 @@ def test_an_empty_queue_is_done_at_once(capsys: pytest.CaptureFixture[str]) -> N
     assert "no job is left for this device" in err
 
 
+def test_a_paused_queue_is_not_empty(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queue(store, tmp_path, "one")
+    store.pause()
+    code, _, err = call(capsys, "work", "--until-empty", "--device", "cpu")
+    assert code == 1
+    assert "go on: hvlite queue resume" in err
+
+
 def test_results_are_on_stdout_and_the_talk_is_not(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,13 +139,13 @@ def test_a_second_worker_is_refused_and_told_what_is_going_on(
     claims = store.claims("first", CPU_LOCK, {None})
     code, _, err = call(capsys, "work", "--device", "cpu")
     assert code == 4
-    assert f"cpu is served by another worker (process {os.getpid()}): it waits for jobs" in err
+    assert f"cpu is served by a worker (process {os.getpid()}): it waits for jobs" in err
     claims.claim()
     claims.report(1, Progress(stage="denoise", step=17, steps=50, eta=done_at))
     code, _, err = call(capsys, "work", "--device", "cpu")
     lock.close()
     assert code == 4
-    assert "it makes job 1 (denoise step 17/50, done about 02:40)" in err
+    assert "it makes job 1 (denoise step 17/50, until about 02:40)" in err
     assert "hvlite queue add" in err
 
 

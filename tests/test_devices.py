@@ -16,7 +16,17 @@ import pytest
 from hvlite import paths
 from hvlite.errors import Busy, DeviceError
 from hvlite.jobs import devices
-from hvlite.jobs.devices import CPU_LOCK, Place, any_worker, cuda_cards, is_free, places, take_lock, take_place
+from hvlite.jobs.devices import (
+    CPU_LOCK,
+    Place,
+    any_worker,
+    check_free,
+    cuda_cards,
+    is_free,
+    places,
+    take_lock,
+    take_place,
+)
 from hvlite.telemetry import Card
 from tests.nights import ROOT
 from tests.refusal import refusal
@@ -138,3 +148,16 @@ def test_those_who_only_look_are_not_in_each_others_way() -> None:
 def test_a_name_that_is_no_lock_is_free_and_makes_no_file() -> None:
     assert is_free("../../elsewhere")
     assert not paths.home().exists() or not any(paths.home().rglob("*elsewhere*"))
+
+
+def test_a_card_that_a_worker_serves_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gen` asks before it loads anything; another card, and the same one later, are free."""
+    found = [Place(device=f"cuda:{index}", lock=f"GPU-{index}") for index in range(2)]
+    monkeypatch.setattr(devices, "places", lambda asked: found)
+    lock = take_lock("GPU-1")
+    assert lock is not None
+    with pytest.raises(Busy, match=r"cuda:1 is served by a worker .*it waits for jobs.*hvlite queue add"):
+        check_free("cuda:1", list)
+    check_free("cuda:0", list)
+    lock.close()
+    check_free("cuda:1", list)

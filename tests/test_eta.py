@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvlite.events import Stage, StepDone
+from hvlite.jobs.course import Course
 from hvlite.jobs.eta import History, Shape, finish_times, queue_end
 from hvlite.jobs.job import How, Job, Progress, State
+from hvlite.progress import Plain, Talk
 from hvlite.request import Request
 
 NOW = 1_000_000.0
@@ -86,8 +89,8 @@ def test_jobs_follow_each_other_by_the_clock() -> None:
     history = History([done(2.0)])
     running = job(2, state="running", progress=Progress(stage="denoise", step=3, steps=10, eta=NOW + 12))
     ends = finish_times([running], [job(3), job(4)], history, NOW)
-    assert ends == {2: NOW + 12, 3: NOW + 37, 4: NOW + 62}
-    assert queue_end(ends) == NOW + 62
+    assert ends == {2: NOW + 16, 3: NOW + 41, 4: NOW + 66}
+    assert queue_end(ends) == NOW + 66
 
 
 def test_two_workers_share_the_line() -> None:
@@ -96,7 +99,7 @@ def test_two_workers_share_the_line() -> None:
         job(number, state="running", progress=Progress(stage="denoise", eta=NOW + 10 * number)) for number in (1, 2)
     ]
     ends = finish_times(running, [job(3), job(4), job(5)], history, NOW)
-    assert [ends[number] for number in (3, 4, 5)] == [NOW + 35, NOW + 45, NOW + 60]
+    assert [ends[number] for number in (3, 4, 5)] == [NOW + 39, NOW + 49, NOW + 64]
 
 
 def test_a_running_job_is_judged_by_the_steps_that_are_left() -> None:
@@ -105,6 +108,52 @@ def test_a_running_job_is_judged_by_the_steps_that_are_left() -> None:
     late = replace(at_step_4, progress=Progress(stage="decode", eta=NOW - 50))
     assert finish_times([at_step_4], [], history, NOW) == {1: NOW + 17}
     assert finish_times([late], [], history, NOW) == {1: NOW}
+
+
+def test_the_decode_follows_the_steps_of_a_running_job() -> None:
+    history = History([done(2.0)])
+    at_work = job(1, state="running", progress=Progress(stage="denoise", step=4, steps=10, eta=NOW + 12))
+    draft = replace(at_work, stop_after=6)
+    longer = replace(at_work, stop_after=10)  # no draft: the steps end first
+    decoding = replace(at_work, progress=Progress(stage="decode", eta=NOW + 3))
+    ends = [finish_times([each], [], history, NOW)[1] for each in (at_work, draft, longer, decoding)]
+    assert ends == [NOW + 16, NOW + 12, NOW + 16, NOW + 3]
+    assert history.seconds(SMALL, HOW, stop_after=12) == 10 * 2.0 + 5.0
+
+
+def test_a_job_that_goes_on_counts_from_its_checkpoint_while_it_is_loaded() -> None:
+    loading = job(1, state="running", progress=Progress(stage="load"), checkpoint_step=8)
+    assert finish_times([loading], [], History([done(2.0)]), NOW) == {1: NOW + 9}
+
+
+def test_nobody_knows_when_a_paused_queue_goes_on() -> None:
+    running = job(1, state="running", progress=Progress(stage="decode", eta=NOW + 3))
+    ends = finish_times([running], [job(2)], History([done(2.0)]), NOW, is_active=False)
+    assert ends == {1: NOW + 3, 2: None}
+    assert queue_end(ends) is None
+
+
+def test_a_course_counts_the_steps_of_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvlite.jobs.course.time.time", lambda: NOW)
+    etas = []
+    for stop_after in (None, 10):
+        course = Course(job(1, state="running", stop_after=stop_after))
+        course.follow(Stage("denoise"))
+        for event in (StepDone(step, 50, 2.0) for step in range(5)):
+            course.follow(event)
+        etas.append(course.progress.eta)
+    assert etas == [NOW + 90, NOW + 10]
+
+
+def test_a_plain_line_counts_from_what_was_done_when_it_began(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 0.0, 20.0])
+    monkeypatch.setattr("hvlite.progress.time.monotonic", lambda: next(clock))
+    meter = Plain(Talk(), "denoise")
+    meter.show(61, 100, "step 61")
+    meter.show(81, 100, "step 81")
+    assert capsys.readouterr().err.splitlines() == ["denoise  61 %  step 61", "denoise  81 %  step 81  eta 0:19"]
 
 
 def test_what_waits_for_the_unknown_is_unknown() -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.jobs.job import QUARANTINED, How, Job, Outcome, Progress
 from hvlite.jobs.store import ClaimLost, Claims, Store, open_store
@@ -169,9 +171,19 @@ def test_two_crashes_quarantine_and_a_new_checkpoint_forgives(store: Store) -> N
     job = claims.crashed(job_id, "hung")
     assert (job.state, job.reason, job.crashes, job.attempts) == ("failed", QUARANTINED, 2, 4)
     assert "hung 2 times in a row" in str(job.error)
+    assert (job.log, job.version) == (paths.job_log(job_id), version("hvlite"))
     assert job.finished is not None
     store.retry([job_id])
     assert store.job(job_id).crashes == 0
+
+
+def test_the_last_words_of_a_lost_device_are_kept(store: Store) -> None:
+    fill(store, 1)
+    store.change_settings(crash_limit=1)
+    claims = worker(store)
+    job = claims.crashed(claimed(claims).id, "lost its device", "CUDA error: unspecified launch failure")
+    assert "lost its device 1 times in a row" in str(job.error)
+    assert "(last: CUDA error: unspecified launch failure)" in str(job.error)
 
 
 def test_the_dead_are_inherited_in_order(store: Store) -> None:

@@ -1,26 +1,30 @@
 """What is the same on every screen: settings, keys, themes, palette, help; troubles with the queue; no torch."""
 
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual.command import CommandPalette
+from textual.widgets import TextArea
 
 from hvlite import paths
 from hvlite.errors import Busy, ProfileError, RequestError
 from hvlite.jobs.store import open_store
 from hvlite.tui import workers
 from hvlite.tui.actions import ACTIONS, NAMES, actions_of, keymap
-from hvlite.tui.app import THEMES, tui
+from hvlite.tui.app import THEMES, HvliteApp, tui
 from hvlite.tui.desk import Wanted, haystack, look
 from hvlite.tui.dialogs import Reading
 from hvlite.tui.job_table import JobTable
 from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
 from tests.queue_hands import new_job
 from tests.refusal import refusal
-from tests.tui_hands import NOW, added, jobs, opened, prompts, queue, run_next, store_of
+from tests.tui_hands import NOW, added, end, jobs, opened, prompts, queue, run_next, store_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +76,11 @@ def test_settings_are_read_and_refused_in_one_line() -> None:
         ('[keys]\n"queue.cancel" = 3', "must be keys"),
         ('[keys]\n"queue.cancel" = "a"\n"table.mark" = "b,a"', "gives 'a' to both"),
         ("theme = ", "cannot be read"),
+        ('theme = "ansi-lihgt"', "did you mean 'ansi-light'?"),
+        ("player = 'mpv \"'", "is no command: no closing quotation"),
+        ('player = " "', "names no program"),
+        ('[keys]\n"queue.cancel" = "ctlr+x"', "'ctlr+x' is no key"),
+        ('[keys]\n"queue.cancel" = "x,pagedwn"', "'pagedwn' is no key"),
     ):
         file.write_text(text)
         refusal(read_settings, str(file), word, kind=ProfileError)
@@ -114,6 +123,21 @@ async def test_themes_go_round_and_the_last_one_is_remembered() -> None:
         assert hands.app.theme == THEMES[2]
     async with opened(memory=read_memory()) as hands:
         assert hands.app.theme == THEMES[2]
+
+
+def test_every_key_of_ours_and_every_sign_is_a_key() -> None:
+    for action in ACTIONS:
+        assert keymap({action.name: action.keys}, "here")
+    for key in ("/", "?", "+", "f5", "alt+enter", "ctrl+shift+left", "slash"):
+        assert keymap({"queue.cancel": key}, "here")["queue.cancel"] == key
+
+
+@pytest.mark.asyncio
+async def test_the_theme_of_the_settings_counts_at_every_start() -> None:
+    async with opened(settings=TuiSettings(theme="nord"), memory=Memory(theme=THEMES[0])) as hands:
+        assert hands.app.theme == "nord"
+        await hands.press("t")
+        assert "the next window has tui.toml's nord again" in hands.told()
 
 
 @pytest.mark.asyncio
@@ -162,6 +186,37 @@ async def test_the_palette_shows_the_command_beside_the_action_and_does_it() -> 
 
 
 @pytest.mark.asyncio
+async def test_the_palette_shows_the_keys_that_the_user_has_set() -> None:
+    queue("apple")
+    keys = keymap({"queue.move_top": "ctrl+y", "queue.clear": "B"}, "here")
+    async with opened(settings=TuiSettings(keys=keys)) as hands:
+        found = {command.title: command.help for command in hands.app.get_system_commands(hands.app.screen)}
+        assert found["Next in line"] == "ctrl+y  hvlite queue mv 1 --top"
+        assert found["Last in line"] == "hvlite queue mv 1 --bottom"
+
+
+@pytest.mark.asyncio
+async def test_ctrl_q_closes_the_window_and_ctrl_c_says_how() -> None:
+    async with opened() as hands:
+        await hands.press("ctrl+c")
+        assert "q closes this window" in hands.told()
+        await hands.pilot.press("ctrl+q")
+        assert hands.app._exit
+
+
+def test_a_crash_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(app: HvliteApp) -> None:
+        raise ValueError("a bug")
+
+    run = HvliteApp.run
+    monkeypatch.setattr(HvliteApp, "on_mount", broken)
+    monkeypatch.setattr(HvliteApp, "run", lambda app: run(app, headless=True))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert tui() == 1
+
+
+@pytest.mark.asyncio
 async def test_tabs_can_be_clicked() -> None:
     async with opened() as hands:
         await hands.pilot.click("#tab-gallery")
@@ -184,6 +239,53 @@ async def test_a_queue_that_is_busy_is_said_to_be_and_comes_back() -> None:
         assert "the queue cannot be read: queue.db was busy" in hands.screen_text()
         assert "apple" in hands.screen_text()
         store.data_version = version  # type: ignore[method-assign]
+        await hands.settle()
+        assert "cannot be read" not in hands.screen_text()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("screen", ["1", "2", "3"])
+async def test_no_screen_dies_of_a_queue_that_cannot_be_read(screen: str) -> None:
+    (job,) = queue("apple")
+    run_next()
+    async with opened() as hands:
+        await hands.press(screen)
+        store = store_of(hands.app)
+        page, one = store.page, store.job
+
+        def busy(*args: object, **named: object) -> Any:
+            raise Busy("queue.db was busy for 10 seconds")
+
+        store.page = store.job = busy  # type: ignore[method-assign]
+        end(job)  # what has ended is to be told
+        if screen == "2":
+            hands.app.front.query_one("#prompt", TextArea).text = "an apple"
+        await hands.settle()
+        assert "the queue cannot be read: queue.db was busy" in hands.screen_text()
+        if screen == "2":
+            assert "when it would be ready is not known: queue.db was busy" in hands.screen_text()
+        store.page, store.job = page, one  # type: ignore[method-assign]
+        await hands.settle()
+        assert "queue.db was busy" not in hands.screen_text()
+        assert "job 1 is done" in hands.told()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("screen", ["1", "2", "3"])
+async def test_a_queue_of_a_newer_hvlite_is_refused_on_every_screen(screen: str) -> None:
+    queue("apple")
+    database = paths.tui_state_file().parent / "queue.db"
+    with closing(sqlite3.connect(database)) as connection:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute("PRAGMA user_version = 99")
+    async with opened() as hands:
+        await hands.press(screen)
+        if screen == "2":
+            hands.app.front.query_one("#prompt", TextArea).text = "an apple"
+        await hands.settle()
+        assert "the queue cannot be read" in hands.screen_text()
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute(f"PRAGMA user_version = {version}")
         await hands.settle()
         assert "cannot be read" not in hands.screen_text()
 

@@ -1,11 +1,16 @@
 """The composer: from typing to jobs in the queue."""
 
+from pathlib import Path
+
 import pytest
 from textual.widgets import Input, TextArea
 
+from hvlite import paths
+from hvlite.jobs.job import How
 from hvlite.tui.compose_screen import ComposeScreen
+from hvlite.tui.dialogs import Reading
 from hvlite.tui.settings import Memory, read_memory
-from tests.tui_hands import Hands, done, jobs, opened, prompts, queue
+from tests.tui_hands import NOW, Hands, end, jobs, opened, prompts, queue, run_next
 
 pytestmark = pytest.mark.asyncio
 
@@ -76,12 +81,55 @@ async def test_the_plan_follows_what_is_typed() -> None:
         assert "DOES NOT FIT" in hands.screen_text()
 
 
-async def test_the_time_is_told_from_what_was_done() -> None:
-    done("apple", seconds_per_step=3.0, timings={"denoise": 48.0, "decode": 12.0})
+async def test_the_time_is_told_from_what_was_done_and_goes_on_with_the_clock() -> None:
+    small = {"size": (64, 64), "frames": 17, "steps": 16}
+    (job,) = queue("apple", **small)
+    run_next()
+    end(job, seconds_per_step=3.0, timings={"denoise": 48.0, "decode": 12.0})
+    queue("banana", **small)
+    now = [NOW]
+    async with opened(clock=lambda: now[0]) as hands:
+        assert "all done 16:01" in hands.screen_text()
+        now[0] += 600
+        await hands.settle()
+        assert "all done 16:11" in hands.screen_text()
+        await hands.press("2")
+        await put(hands, prompt="an apple", model="shapes", size="64x64", frames="17", steps="16", seeds="1,2")
+        assert "2 clips, 2 min 00 s, 1 min 00 s each; at the end of the line ready 16:13" in hands.screen_text()
+        now[0] += 600
+        await hands.settle()
+        assert "ready 16:23" in hands.screen_text()
+
+
+@pytest.mark.parametrize("draft", ["0", "-1", "5"])
+async def test_a_draft_that_contradicts_is_told_at_its_field_while_the_prompt_is_missing(draft: str) -> None:
     async with opened() as hands:
         await hands.press("2")
-        await put(hands, prompt="an apple", model="shapes", size="64x64", frames="17", steps="16")
-        assert "1 clip" in hands.screen_text()
+        await put(hands, steps="5", stop_after=draft)
+        assert "--stop-after-step must be" in hands.screen_text()
+        await put(hands, prompt="an apple")
+        assert "--stop-after-step must be" in hands.screen_text()
+        assert screen_of(hands).query_one("#field-stop_after").has_class("-wrong")
+
+
+async def test_what_cannot_run_is_refused_and_what_does_not_fit_is_asked_for_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="an apple", model="hunyuanvideo", profile="6g")
+        await hands.press("ctrl+s")
+        assert "is not on this machine" in hands.told()
+        (paths.models_folder() / "hunyuanvideo").mkdir(parents=True)
+        await put(hands, size="2560x2560", frames="513")
+        await hands.press("ctrl+s")
+        assert "DOES NOT FIT" in hands.told()
+        await put(hands, size="2560x1280")
+        await hands.press("ctrl+s")
+        assert jobs() == []
+        await hands.press("ctrl+s")
+        (job,) = jobs()
+        assert (job.how.model, job.how.profile) == ("hunyuanvideo", "6g") if job.how is not None else False
 
 
 async def test_a_waiting_job_is_changed_in_place() -> None:
@@ -110,6 +158,64 @@ async def test_a_change_is_of_one_clip_and_can_be_left() -> None:
         assert screen_of(hands).editing is None
         assert screen_of(hands).prompt.text == ""
         assert prompts("queued") == ["apple"]
+
+
+async def test_a_change_of_folder_takes_the_place_of_a_named_file(tmp_path: Path) -> None:
+    queue("apple", output=tmp_path / "a.mp4")
+    async with opened() as hands:
+        await hands.press("e")
+        await put(hands, steps="8")
+        await hands.press("ctrl+s")
+        assert jobs()[0].output == tmp_path / "a.mp4"
+        await hands.press("e")
+        await put(hands, folder="/elsewhere")
+        await hands.press("ctrl+s")
+        assert (jobs()[0].folder, jobs()[0].output) == (Path("/elsewhere"), None)
+
+
+async def test_n_after_a_look_at_the_queue_begins_a_new_job() -> None:
+    queue("apple")
+    async with opened() as hands:
+        await hands.press("e")
+        await hands.pilot.click("#tab-queue")
+        await hands.settle()
+        await hands.press("n")
+        assert "job 1 stays as it is" in hands.told()
+        await put(hands, prompt="new one")
+        await hands.press("ctrl+s")
+        assert prompts() == ["apple", "new one"]
+
+
+@pytest.mark.parametrize("last", ["escape", "ctrl+s"])
+async def test_what_was_half_written_comes_back_after_a_change(last: str) -> None:
+    queue("apple")
+    async with opened() as hands:
+        await hands.press("n")
+        await put(hands, prompt="half written", steps="9")
+        await hands.press("escape", "e")
+        assert screen_of(hands).prompt.text == "apple"
+        await hands.press(last, "n")
+        assert (screen_of(hands).prompt.text, screen_of(hands).form()) == ("half written", {"steps": "9"})
+
+
+async def test_a_clip_is_made_again_with_all_that_it_was_made_with(tmp_path: Path) -> None:
+    how = How(model="shapes", dit=Path("/w/dit.safetensors"), attention="sage")
+    (job,) = queue("apple", how=how)
+    run_next()
+    end(job)
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="half written")
+        await hands.press("escape", "3", "e")
+        assert "new job like job 1, attention sage, dit /w/dit.safetensors" in hands.screen_text()
+        await hands.press("ctrl+s")
+        (again,) = jobs("queued")
+        assert again.how == how
+        await hands.press("3", "e", "ctrl+r")
+        assert screen_of(hands).prompt.text == "half written"
+        await hands.press("ctrl+r", "f1")
+        assert screen_of(hands).prompt.text == ""
+        assert isinstance(hands.app.screen, Reading)
 
 
 async def test_prompts_come_back_across_sessions() -> None:

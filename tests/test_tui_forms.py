@@ -1,13 +1,17 @@
 """The composer's form without a screen: what is typed, and the jobs or faults that come of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hvlite.jobs.job import Job
+from hvlite.errors import WeightsError
+from hvlite.jobs.job import How, Job
 from hvlite.profile import Room
 from hvlite.tui.forms import FIELDS, HOW, REQUEST, Filled, form_of, read_form
 from hvlite.tui.planner import plan_words
+from hvlite.tui.words import command_of
+from tests.refusal import refusal
 from tests.tui_hands import jobs, queue
 
 GIB = 1 << 30
@@ -67,8 +71,13 @@ def test_sizes(text: str) -> None:
         ("seeds", "one", "'one' are no seeds"),
         ("weights", "int3", "'int3' is none of"),
         ("profile", "99g", "no profile named '99g'"),
-        ("model", "/no/such/folder", "there is no folder"),
+        ("model", "/no/such/folder", "there is no model folder"),
         ("stop_after", "x", "is no whole number"),
+        ("stop_after", "0", "--stop-after-step must be at least 1"),
+        ("stop_after", "-1", "--stop-after-step must be at least 1"),
+        ("device", "banana", "runs on cpu, cuda or cuda:N"),
+        ("folder", "~nobody-of-that-name/x", "a user who is not known here"),
+        ("profile", "/no/such.toml", "/no/such.toml"),
     ],
 )
 def test_each_fault_is_told_at_its_field(field: str, text: str, word: str) -> None:
@@ -80,7 +89,7 @@ def test_each_fault_is_told_at_its_field(field: str, text: str, word: str) -> No
 
 def test_several_faults_are_told_at_once_and_a_contradiction_too() -> None:
     assert set(filled("", size="7", frames="2").faults) == {"prompt", "size", "frames"}
-    assert "must be below --steps" in filled(steps="4", stop_after="4").faults["prompt"]
+    assert "must be below --steps" in filled(steps="4", stop_after="4").faults["stop_after"]
 
 
 def test_a_job_comes_back_as_the_form_that_asked_for_it(tmp_path: Path) -> None:
@@ -92,6 +101,33 @@ def test_a_job_comes_back_as_the_form_that_asked_for_it(tmp_path: Path) -> None:
     assert again.requests == (job.request,)
     assert (again.how, again.folder, again.stop_after) == (job.how, job.folder, job.stop_after)
     assert isinstance(job, Job)
+
+
+@pytest.mark.parametrize("guidance", [6.0, 6.1234567, 0.1, 1e-05])
+def test_a_number_comes_back_as_it_was(guidance: float) -> None:
+    queue("an apple", guidance=guidance)
+    (job,) = jobs()
+    assert read_form(form_of(job)[1], "an apple", lambda: 0).requests[0].guidance == guidance
+    assert job.request is not None
+    assert job.how is not None
+    assert f"--guidance {form_of(job)[1]['guidance']}" in command_of(job.request, job.how)
+
+
+def test_jobs_are_checked_as_the_command_line_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text('base = "12g"\n')
+    (tmp_path / "model").mkdir()
+    (job,) = filled(profile="own.toml", model="model", folder="clips").jobs()
+    assert (job.how.profile, job.how.model) == (str(tmp_path / "own.toml"), str(tmp_path / "model"))
+    assert job.folder == tmp_path / "clips"
+    assert filled().jobs()[0].how.model == "shapes"
+    refusal(lambda: filled(model="hunyuanvideo").jobs(), "is not on this machine", "models fetch", kind=WeightsError)
+
+
+def test_what_the_form_has_no_field_for_is_kept() -> None:
+    source = How(model="shapes", dit=Path("/w/dit.safetensors"), attention="sage", weights="nf4")
+    (job,) = filled(weights="int8").jobs(source)
+    assert job.how == replace(source, weights="int8")
 
 
 def test_the_plan_says_what_fits_and_what_would() -> None:

@@ -1,12 +1,16 @@
 """The gallery: finished clips with frames, and what is done with them."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hvlite import paths
+from hvlite.jobs.store import open_store
 from hvlite.tui.compose_screen import ComposeScreen
+from hvlite.tui.gallery_screen import KEPT, GalleryScreen
 from hvlite.tui.pictures import UPPER_HALF, Pictures, half_blocks, read_moments
 from hvlite.video.frames import Frame
 from hvlite.video.mp4 import write_mp4
@@ -56,6 +60,19 @@ def test_any_place_is_large_enough(width: int, height: int) -> None:
 
 def test_no_frames_take_no_place() -> None:
     assert half_blocks([], 80, 24) == []
+
+
+def test_readers_of_frames_may_meet_and_a_file_may_go(tmp_path: Path) -> None:
+    for index in range(KEPT + 8):
+        (tmp_path / f"{index}.png").write_bytes(png_bytes(plain(RED), {}))
+    found = [done("apple", output=tmp_path / f"{index}.png") for index in range(KEPT + 8)]
+    with open_store() as store:
+        clips = [store.job(job) for job in found]
+    screen = GalleryScreen(id="gallery")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(len(frames) == 1 for frames in pool.map(screen._frames_of, clips * 3))
+    assert len(screen._seen) == KEPT
+    assert screen._frames_of(replace(clips[0], output=tmp_path / "gone.png")) == []
 
 
 @pytest.mark.asyncio

@@ -42,6 +42,11 @@ LINES: list[tuple[tuple[str, ...], list[str]]] = [
     (("k", "x"), ["banana", "cherry", "date"]),
     (("pagedown", "x"), ["apple", "banana", "cherry"]),
     (("pagedown", "pageup", "x"), ["banana", "cherry", "date"]),
+    (("ctrl+f", "x"), ["apple", "banana", "cherry"]),
+    (("end", "ctrl+b", "x"), ["banana", "cherry", "date"]),
+    (("end", "x"), ["apple", "banana", "cherry"]),
+    (("end", "home", "x"), ["banana", "cherry", "date"]),
+    (("shift+up",), ["banana", "apple", "cherry", "date"]),
 ]
 
 
@@ -284,6 +289,63 @@ async def test_a_worker_that_is_not_ours_is_not_stopped(monkeypatch: pytest.Monk
     monkeypatch.setattr("os.kill", refused)
     assert workers.stop_workers([1234]) == "worker 1234 cannot be stopped: Operation not permitted"
     assert "not to be seen from here" in workers.stop_workers([0])
+
+
+async def test_a_marked_job_that_another_window_removed_blocks_nothing() -> None:
+    first, *_ = queue("apple", "banana", "cherry")
+    async with opened() as hands:
+        await hands.press("space", "space")
+        with open_store() as store:
+            store.cancel([first])
+            store.remove([first])
+        await hands.settle()
+        await hands.press("d")
+        assert prompts("queued") == ["banana", "cherry", "banana"]
+        await hands.press("space")
+        with open_store() as store:
+            store.clear()
+        await hands.settle()
+        assert hands.app.front.query_one(JobTable).marked == {}
+
+
+async def test_a_running_job_is_not_edited_whatever_is_marked() -> None:
+    queue("apple", "banana")
+    run_next()
+    async with opened() as hands:
+        await hands.press("j", "space", "k", "e")
+        assert "job 1 is running: `edit` takes" in hands.told()
+        assert hands.app.current_mode == "queue"
+
+
+async def test_a_log_is_read_again_as_it_is_shown() -> None:
+    queue("apple")
+    async with opened() as hands:
+        await hands.press("l")
+        reading = hands.app.screen
+        assert isinstance(reading, Reading)
+        reading._renew()
+        await hands.settle()
+        assert "no log yet" in hands.screen_text()
+        await hands.press("w")
+        paths.logs_folder().mkdir()
+        paths.job_log(1).write_text("x" * 300 + "\n")
+        reading._renew()
+        await hands.settle()
+        assert sum("xxx" in line for line in hands.screen_text().splitlines()) == 1
+        await hands.press("w")
+        assert sum("xxx" in line for line in hands.screen_text().splitlines()) == 3
+
+
+async def test_a_worker_lifts_a_pause_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue("apple")
+    with open_store() as store:
+        store.pause(reason="3 failures in a row")
+    monkeypatch.setattr(workers, "start_worker", lambda: mock.Mock(poll=lambda: 0))
+    async with opened() as hands:
+        await hands.press("W")
+        assert "; the queue was paused (3 failures in a row) and goes on" in hands.told()
+        with open_store() as store:
+            assert store.settings().queue == "active"
 
 
 async def test_double_click_opens_and_a_click_chooses() -> None:

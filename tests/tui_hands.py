@@ -15,9 +15,10 @@ from textual.widgets import Input, TextArea
 from hvlite.jobs.job import Job, NewJob, Outcome, Progress, State
 from hvlite.jobs.store import Store, open_store
 from hvlite.telemetry import Driver, Host
-from hvlite.tui.app import HvliteApp, Surroundings
+from hvlite.tui.app import HvliteApp
 from hvlite.tui.device_strip import Machine
 from hvlite.tui.settings import Memory, TuiSettings
+from hvlite.tui.surroundings import Surroundings
 from tests.queue_hands import new_job
 
 # A Sunday afternoon, in UTC.
@@ -64,7 +65,7 @@ class Hands:
         await self.pilot.pause()
         looks = self.app.looks
         for _ in range(5000):
-            if self.app.looks >= looks + 2 and not self._busy():
+            if self.app.looks >= looks + 2 and self.app.probes and not self._busy():
                 await self.pilot.pause()  # what was seen may set off more
                 if not self._busy():
                     return
@@ -102,7 +103,7 @@ class Hands:
             box.cursor_blink = False
 
 
-BACKGROUND = ("plan", "frames", "files")
+BACKGROUND = ("plan", "ask", "frames", "files")
 NAMES = {" ": "space", ".": "full_stop", ",": "comma", "-": "minus", "/": "slash", "\n": "enter", ":": "colon"}
 
 

@@ -20,9 +20,10 @@ from hvlite.jobs.store import open_store
 from hvlite.request import Request
 from hvlite.telemetry import Card, Driver, Holder, Host
 from hvlite.tui import workers
-from hvlite.tui.app import HvliteApp, Surroundings
+from hvlite.tui.app import HvliteApp
 from hvlite.tui.device_strip import Machine
 from hvlite.tui.settings import Memory
+from hvlite.tui.surroundings import Surroundings
 from hvlite.video.mp4 import write_mp4
 from hvlite.video.png import png_bytes
 

@@ -1,14 +1,14 @@
 """A prompt file -> many Requests. Every entry is checked before any is used, and every fault found is told at once.
 
 txt has a prompt a paragraph, lines a prompt a line, csv and tsv a header, jsonl an object (or just a prompt) a line,
-toml a `[[job]]` table each and settings for all of them above. Columns are the fields of Request, `seeds` and `output`,
-also under their published names. What a file does not say comes from `defaults`.
+toml a `[[job]]` table each and settings for all of them above. Columns are the fields of Request, `stop_after_step`,
+`seeds` and `output`, also under their published names. What a file does not say comes from `defaults`.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -35,10 +35,11 @@ SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One clip of a prompt file. `output` is a file name, without a folder."""
+    """One clip of a prompt file. `output` is a file name, without a folder; `stop_after` makes a draft."""
 
     line: int
     request: Request
+    stop_after: int | None = None
     output: str | None = None
 
 
@@ -64,6 +65,7 @@ def read_batch(
     """Every clip that the file `name` with the content `raw` asks for; BatchError with all of its faults.
 
     An entry without a seed gets each of `seeds`, or the default one; `draw` makes the seed of one that says -1.
+    `defaults` are under the names of columns.
     """
     text = decoded(raw)
     form = form or guessed(text, name)
@@ -136,10 +138,14 @@ def _entries(
     wanted = own or (seeds if "seed" not in values and seeds else [fields.get("seed", 0)])
     if output is not None and len(wanted) > 1:
         found.append(Fault(record.line, "output", f"one file name for {len(wanted)} seeds"))
+    stop, steps = fields.pop("stop_after_step", None), fields.get("steps")
+    if stop is not None and steps is not None and stop >= steps:
+        found.append(Fault(record.line, "stop_after_step", f"must be below the steps ({steps}); got {stop}"))
     faults += found
     if found:
         return []
-    return [Entry(line=record.line, request=Request(**{**fields, "seed": seed}), output=output) for seed in wanted]
+    requests = [Request(**{**fields, "seed": seed}) for seed in wanted]
+    return [Entry(line=record.line, request=request, stop_after=stop, output=output) for request in requests]
 
 
 def _converted(name: str, value: Any, text: bool) -> Any:
@@ -148,6 +154,8 @@ def _converted(name: str, value: Any, text: bool) -> Any:
         return _seeds_of(value)
     if name == "output":
         return _file_name(value)
+    if name == "stop_after_step":
+        return msgspec.convert(value, Annotated[int, msgspec.Meta(ge=1)], strict=not text)
     if name == "size" and isinstance(value, str):
         sides = re.fullmatch(r"\s*([0-9]{1,5})\s*[xX*, ]\s*([0-9]{1,5})\s*", value)
         if sides is None:

@@ -94,9 +94,10 @@ class Course:
         )
 
     def _eta(self) -> float | None:
-        """The clock time at which the stage will be over, as far as it tells."""
+        """The clock time at which the stage will be over, as far as it tells; a draft has fewer steps."""
         if self.stage == "denoise" and len(self.step_seconds) >= STEPS_BEFORE_ETA:
-            return time.time() + statistics.median(self.step_seconds) * (self.steps - self.step)
+            left = min(self.steps, self.job.stop_after or self.steps) - self.step
+            return time.time() + statistics.median(self.step_seconds) * max(0, left)
         done, tiles = self.tiles
         if self.stage == "decode" and done:
             return time.time() + (time.monotonic() - self.stage_began) / done * (tiles - done)

@@ -147,11 +147,18 @@ def take_place(candidates: Sequence[Place], running: Callable[[], Sequence[Job]]
         time.sleep(0.05)
 
 
+def check_free(device: str, running: Callable[[], Sequence[Job]]) -> None:
+    """Busy if a worker serves that card: two runs would plan for the same memory. What waits can be queued."""
+    for place in places(device):
+        if place.device == device and not is_free(place.lock):
+            raise Busy(_occupied(place, running()))
+
+
 def _occupied(place: Place, running: Sequence[Job]) -> str:
     at_work = next((job for job in running if job.lock == place.lock), None)
     doing = "it waits for jobs" if at_work is None else f"it makes job {at_work.id}{_course(at_work)}"
     return (
-        f"{place.device} is served by another worker (process {_holder(place.lock) or 'unknown'}): {doing}. "
+        f"{place.device} is served by a worker (process {_holder(place.lock) or 'unknown'}): {doing}. "
         "Queue what you want made: hvlite queue add"
     )
 
@@ -161,7 +168,7 @@ def _course(job: Job) -> str:
     if progress is None:
         return ""
     step = f" step {progress.step}/{progress.steps}" if progress.steps else ""
-    eta = "" if progress.eta is None else f", done about {time.strftime('%H:%M', time.localtime(progress.eta))}"
+    eta = "" if progress.eta is None else f", until about {time.strftime('%H:%M', time.localtime(progress.eta))}"
     return f" ({progress.stage}{step}{eta})"
 
 

@@ -46,10 +46,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Seconds per step and seconds beside the steps; `same_shape`: measured on this very shape, not scaled."""
+    """Seconds per step, seconds beside the steps, and how many of those the decode takes.
+
+    `same_shape`: measured on this very shape, not scaled.
+    """
 
     seconds_per_step: float
     other_seconds: float
+    decode_seconds: float
     same_shape: bool
 
 
@@ -60,6 +64,7 @@ class Past:
     shape: Shape
     seconds_per_step: float
     other_seconds: float
+    decode_seconds: float
 
 
 class History:
@@ -82,7 +87,8 @@ class History:
         shape = _shape(job.request, resolved)
         if shape is not None and job.seconds_per_step is not None:
             other = sum(seconds for stage, seconds in job.timings.items() if stage != "denoise")
-            self.past.setdefault(job.how, []).append(Past(shape, job.seconds_per_step, other))
+            past = Past(shape, job.seconds_per_step, other, job.timings.get("decode", 0.0))
+            self.past.setdefault(job.how, []).append(past)
 
     def shape_of(self, request: Request, how: How) -> Shape | None:
         """None while the model's defaults are unknown."""
@@ -99,6 +105,7 @@ class History:
         return Estimate(
             seconds_per_step=median(each.seconds_per_step * shape.work / each.shape.work for each in chosen),
             other_seconds=median(each.other_seconds * shape.tokens / each.shape.tokens for each in chosen),
+            decode_seconds=median(each.decode_seconds * shape.tokens / each.shape.tokens for each in chosen),
             same_shape=bool(same),
         )
 
@@ -108,8 +115,16 @@ class History:
         estimate = None if shape is None else self.estimate(shape, how)
         if shape is None or estimate is None:
             return None
-        steps = max(0, (stop_after or shape.steps) - from_step)
-        return estimate.seconds_per_step * steps + (0.0 if stop_after else estimate.other_seconds)
+        is_draft = stop_after is not None and stop_after < shape.steps
+        steps = max(0, min(shape.steps, stop_after or shape.steps) - from_step)
+        return estimate.seconds_per_step * steps + (0.0 if is_draft else estimate.other_seconds)
+
+    def seconds_of_decode(self, request: Request, how: How, *, stop_after: int | None = None) -> float:
+        """What follows the last step; 0 where nothing tells, and for a draft, which has no decode."""
+        shape = self.shape_of(request, how)
+        estimate = None if shape is None else self.estimate(shape, how)
+        is_draft = stop_after is not None and (shape is None or stop_after < shape.steps)
+        return 0.0 if estimate is None or is_draft else estimate.decode_seconds
 
 
 def _shape(request: Request, resolved: Mapping[str, Any]) -> Shape | None:
@@ -129,15 +144,18 @@ def _nearest(past: Sequence[Past], shape: Shape) -> list[Past]:
 
 
 def finish_times(
-    running: Sequence[Job], queued: Sequence[Job], history: History, now: float
+    running: Sequence[Job], queued: Sequence[Job], history: History, now: float, *, is_active: bool = True
 ) -> dict[int, float | None]:
     """When each job will be done, by the clock; None where nothing tells, and for all that wait for such a job.
 
-    There are as many workers as jobs run, at least one; each takes the next job in line when it is free.
+    There are as many workers as jobs run, at least one; each takes the next job in line when it is free. Where the
+    queue is not active, nobody knows when those that wait are taken.
     """
     ends: dict[int, float | None] = {job.id: _end_of_running(job, history, now) for job in running}
     free = [inf if end is None else end for end in ends.values()] or [now]
     heapify(free)
+    if not is_active:
+        return ends | {job.id: None for job in queued}
     for job in queued:
         seconds = _seconds(job, history)
         end = heappop(free) + (inf if seconds is None else seconds)
@@ -146,19 +164,23 @@ def finish_times(
     return ends
 
 
-def _seconds(job: Job, history: History, from_step: int | None = None) -> float | None:
+def _seconds(job: Job, history: History, from_step: int = 0) -> float | None:
     if job.request is None or job.how is None:
         return None
-    done = job.checkpoint_step or 0 if from_step is None else from_step
+    done = max(from_step, job.checkpoint_step or 0)  # a job that goes on counts no steps before it is loaded
     return history.seconds(job.request, job.how, stop_after=job.stop_after, from_step=done)
 
 
 def _end_of_running(job: Job, history: History, now: float) -> float | None:
-    """The worker's own word, once it has one; else the past, for the steps that are left."""
-    if job.progress is not None and job.progress.eta is not None:
-        return max(now, job.progress.eta)
-    seconds = _seconds(job, history, job.progress.step if job.progress is not None else None)
-    return None if seconds is None else now + seconds
+    """By the worker's word of its stage and the past's of the decode; else by the past, for the steps that are left."""
+    progress = job.progress
+    if progress is None or progress.eta is None:
+        seconds = _seconds(job, history, 0 if progress is None else progress.step)
+        return None if seconds is None else now + seconds
+    end = max(now, progress.eta)
+    if progress.stage != "denoise" or job.request is None or job.how is None:
+        return end
+    return end + history.seconds_of_decode(job.request, job.how, stop_after=job.stop_after)
 
 
 def queue_end(ends: Mapping[int, float | None]) -> float | None:

@@ -57,7 +57,7 @@ INSTEAD: Mapping[tuple[str, State], str] = {
     ("retry", "running"): "it is at work already",
     ("retry", "parked"): "it is a draft: hvlite queue finish {id}",
     ("rm", "running"): "first: hvlite queue cancel {id}",
-    ("finish", "queued"): "it is waiting already",
+    ("finish", "queued"): "it is waiting already, and no draft",
 }
 
 PARTS = ("dit", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -120,9 +120,18 @@ class NewJob:
             raise RequestError(f"--stop-after-step must be below --steps ({steps}); got {self.stop_after}")
 
 
+def check_suffix(output: Path, request: Request) -> None:
+    """RequestError for an .mp4 of one frame or a .png of several; unknown counts are left to the worker."""
+    if request.frames is None:
+        return
+    suffix = ".png" if request.frames == 1 else ".mp4"
+    if output.suffix.lower() != suffix:
+        raise RequestError(f"{request.frames} frame(s) make a {suffix} file; the output is named {output.name}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a running job is. `eta` is the clock time, in seconds since 1970, at which its worker expects the end.
+    """How far a running job is. `eta` is the clock time, in seconds since 1970, at which the stage is expected to end.
 
     `tensor_bytes` of the card are in tensors, `torch_bytes` are all that torch keeps of it; None off a card.
     """
@@ -206,7 +215,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of the queue, not of a job. `on_done` is a command that the worker runs when the queue is empty."""
+    """Of the queue, not of a job. `on_done` is a command for the worker, see `hook`."""
 
     queue: QueueState = "active"
     pause_reason: str | None = None
@@ -237,9 +246,9 @@ def may_change(old: State, new: State) -> bool:
     return new in CHANGES[old]
 
 
-def refusal(action: str, job_id: int, state: State) -> str | None:
-    """Why `action` is not for a job in this state; None if it is."""
-    if state in ACTIONS[action]:
+def refusal(action: str, job_id: int, state: State, *, is_draft: bool = False) -> str | None:
+    """Why `action` is not for a job in this state; None if it is. A draft need not have run to be made whole."""
+    if state in ACTIONS[action] or (is_draft and (action, state) == ("finish", "queued")):
         return None
     instead = INSTEAD.get((action, state))
     hint = f"; {instead.format(id=job_id)}" if instead else ""
@@ -250,11 +259,14 @@ def _in_order(states: frozenset[State]) -> list[State]:
     return [state for state in STATES if state in states]
 
 
-def after_crash(job: Job, settings: Settings, what: str) -> Verdict:
-    """A living supervisor saw the worker die or hang (`what` says which, in a few words)."""
+def after_crash(job: Job, settings: Settings, what: str, error: str | None = None) -> Verdict:
+    """A living supervisor saw the worker die or hang (`what` says which, in a few words; `error` is the worker's)."""
     crashes = job.crashes + (not job.progressed)
     if crashes >= settings.crash_limit:
-        return _quarantine(crashes, job.lost, f"its worker {what} {crashes} times in a row without a new checkpoint")
+        last = f" (last: {error.splitlines()[0]})" if error else ""
+        return _quarantine(
+            crashes, job.lost, f"its worker {what} {crashes} times in a row without a new checkpoint{last}"
+        )
     return _again(job, crashes, job.lost)
 
 

@@ -109,9 +109,9 @@ class Ledger:
         """It is queued again, with its checkpoint."""
         self._tell_back(self._written(lambda: self._claims.give_back(job.id)), why)
 
-    def crashed(self, job: Job, how: str) -> None:
-        """Its worker died or hung: it is queued again, or quarantined."""
-        after = self._written(lambda: self._claims.crashed(job.id, how))
+    def crashed(self, job: Job, how: str, error: str | None = None) -> None:
+        """Its worker died or hung: it is queued again, or quarantined. `error` is its last word, if it had one."""
+        after = self._written(lambda: self._claims.crashed(job.id, how, error))
         if after.state == "queued":
             self._tell_back(after, f"its worker {how}")
         else:

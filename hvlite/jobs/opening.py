@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 
-from hvlite import paths
 from hvlite.events import Note
 from hvlite.jobs.job import How
 from hvlite.machine import AUTO, auto_profile, default_profile
@@ -13,14 +12,6 @@ from hvlite.opened import Model, open_model
 from hvlite.packing import Asked
 from hvlite.profile import load_profile
 from hvlite.weights.pack import Progress
-
-
-def model_of(how: How) -> str:
-    """The model that is asked for; else that of the folder in which --dit lies; else the default."""
-    if how.model is not None:
-        return how.model
-    folder = None if how.dit is None else paths.enclosing_model(how.dit)
-    return paths.default_model() if folder is None else str(folder)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 MOST_BYTES = 64 * 2**20
 
 FIELDS: Mapping[str, Any] = get_type_hints(Request)
-COLUMNS = (*FIELDS, "seeds", "output")
+COLUMNS = (*FIELDS, "stop_after_step", "seeds", "output")
 # The published tool's names.
 OTHER_NAMES = {
     "video_size": "size",

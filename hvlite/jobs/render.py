@@ -23,10 +23,11 @@ from hvlite import metadata, paths
 from hvlite.atomic import check_new, explained, make_folder, new_file, remove_leftovers
 from hvlite.errors import HvliteError, RequestError
 from hvlite.events import BlockDone, Event, Finished, Loaded, Note, Parked, Preview, Saved, Stage, StepDone, TileDone
+from hvlite.jobs.asking import model_of
 from hvlite.jobs.failures import failed
 from hvlite.jobs.job import How
 from hvlite.jobs.logs import logged_to
-from hvlite.jobs.opening import model_of, open_asked
+from hvlite.jobs.opening import open_asked
 from hvlite.jobs.port import Port, Terminated
 from hvlite.jobs.wire import Ended, Holds, Kept, Packed, Planned, Render, spoken
 from hvlite.line import encode_prompts, generate, plan_for, prompts_of

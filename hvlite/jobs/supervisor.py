@@ -285,7 +285,7 @@ class Supervisor:
             case "memory":
                 self._ledger.end(job, "failed", ended)
             case "device":
-                self._ledger.crashed(job, "lost its device")
+                self._ledger.crashed(job, "lost its device", ended.error)
         if ended.is_last or self._is_creeping(job, ended):
             self._retire()
 

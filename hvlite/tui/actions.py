@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from textual.binding import Binding, BindingType
+from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 
 from hvlite.errors import ProfileError
 
@@ -107,6 +108,8 @@ ACTIONS = (
 NAMES = [action.name for action in ACTIONS]
 # For an action that its user has taken all keys from; it stays in the palette.
 NO_KEY = "f24"
+MODIFIERS = {"alt", "ctrl", "hyper", "meta", "shift", "super"}
+KEYS = {key.value for key in Keys} | set(KEY_NAME_REPLACEMENTS.values())
 
 
 def actions_of(*screens: str) -> list[Action]:
@@ -141,6 +144,10 @@ def keymap(asked: Mapping[str, object], source: object) -> dict[str, str]:
             raise ProfileError(f"{source}: [keys] names no action of the terminal UI with {name!r}{hint}")
         if not isinstance(keys, str) or not _keys(keys):
             raise ProfileError(f'{source}: keys.{name} must be keys as in "x,delete"; got {keys!r}')
+        if unknown := [key for key in _keys(keys) if not _is_key(key)]:
+            raise ProfileError(
+                f"{source}: keys.{name}: {unknown[0]!r} is no key, as are x, ctrl+x, shift+up, f5, pageup"
+            )
     given = {name: _keys(str(keys)) for name, keys in asked.items()}
     for name, keys in given.items():
         for other in given:
@@ -152,6 +159,13 @@ def keymap(asked: Mapping[str, object], source: object) -> dict[str, str]:
 
 def _keys(text: str) -> list[str]:
     return [key.strip() for key in text.split(",") if key.strip()]
+
+
+def _is_key(text: str) -> bool:
+    """As textual calls it: modifiers, then one sign, its Unicode name, or a key that has none."""
+    *modifiers, key = text.split("+") if len(text) > 1 else [text]
+    named = len(key) == 1 or key in KEYS or key_to_character(key) is not None
+    return named and set(modifiers) <= MODIFIERS and len(set(modifiers)) == len(modifiers)
 
 
 def _meet(name: str, other: str) -> bool:

@@ -5,12 +5,10 @@ queue's own thread. No torch here: the worker is a process of its own.
 """
 
 import asyncio
-import random
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from subprocess import Popen
 from typing import Any, ClassVar, TypeVar
@@ -19,7 +17,6 @@ from textual import events
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
-from textual.widget import Widget
 
 from hvlite.errors import HvliteError, RequestError
 from hvlite.jobs.job import Job
@@ -27,40 +24,19 @@ from hvlite.jobs.store import Store
 from hvlite.tui import ends, outside, workers
 from hvlite.tui.actions import NO_KEY, actions_of, bindings
 from hvlite.tui.desk import Desk, View
-from hvlite.tui.device_strip import DeviceStrip, Machine, probe
+from hvlite.tui.device_strip import DeviceStrip
 from hvlite.tui.dialogs import Question, Reading
 from hvlite.tui.ends import Severity
 from hvlite.tui.frame import Banner, MainScreen, Top
 from hvlite.tui.graphics import widget_for
-from hvlite.tui.pausing import pause_words, turn
+from hvlite.tui.pausing import lift, pause_words, turn
 from hvlite.tui.queue_screen import QueueScreen
 from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
+from hvlite.tui.surroundings import LOOK_SECONDS, Surroundings
 
 T = TypeVar("T")
 
 THEMES = ("textual-dark", "textual-light", "ansi-dark", "ansi-light")
-LOOK_SECONDS = 0.5
-PROBE_SECONDS = 1.0
-# So long after a key press the plan is made anew.
-TYPING_SECONDS = 0.15
-
-
-def _drawn_seed() -> int:
-    return random.SystemRandom().randrange(2**31)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the app takes from outside, so that tests can give it other things."""
-
-    clock: Callable[[], float] = time.time
-    steady: Callable[[], float] = time.monotonic
-    probe: Callable[[frozenset[int]], Machine] = probe
-    graphic: type[Widget] | None = None
-    draw_seed: Callable[[], int] = _drawn_seed
-    look_seconds: float = LOOK_SECONDS
-    probe_seconds: float = PROBE_SECONDS
-    typing_seconds: float = TYPING_SECONDS
 
 
 class HvliteApp(App[None]):
@@ -87,7 +63,7 @@ class HvliteApp(App[None]):
         self.view: View | None = None
         self.fault: str | None = None
         self.undone_work = 0
-        self.looks = 0
+        self.looks = self.probes = 0
         self.held: dict[str, int] = {}
         self._pulse = workers.Pulse()
         self._stale = asyncio.Event()
@@ -97,7 +73,7 @@ class HvliteApp(App[None]):
     # From start to end.
 
     def on_mount(self) -> None:
-        asked = (self.memory.theme, self.settings.theme)
+        asked = (self.settings.theme, self.memory.theme)
         self.theme = next((name for name in asked if name in self.available_themes), None) or THEMES[0]
         self.set_keymap(self.settings.keys)
         self.run_worker(self._look_for_ever(), group="look")
@@ -125,9 +101,12 @@ class HvliteApp(App[None]):
             return
         try:
             view = await self.desk.look(screen.wanted())
+            if view is not None and screen is self.shown:
+                await self._tell_ends(self.view, view)
             self.fault = None
         except HvliteError as error:
             view, self.fault = None, str(error)
+            self.desk.forget()
         for note in self.desk.notes:
             self.tell(note, severity="warning")
         self.desk.notes.clear()
@@ -136,9 +115,10 @@ class HvliteApp(App[None]):
             self.look_again()
             return
         if view is not None:
-            await self._tell_ends(self.view, view)
             self.view = view
             screen.show(view)
+            for strip in screen.query(DeviceStrip):
+                strip.show_jobs(view.running)
         self._warn(screen)
         self.looks += 1
 
@@ -210,6 +190,7 @@ class HvliteApp(App[None]):
                 for strip in screen.query(DeviceStrip):
                     strip.show(machine, () if view is None else view.running)
                 self._warn(screen)
+                self.probes += 1
             await asyncio.sleep(self.surroundings.probe_seconds)
 
     # Acting.
@@ -264,6 +245,15 @@ class HvliteApp(App[None]):
             self.desk.forget()
             self.look_again()
 
+    def write_new(self) -> None:
+        """The composer for a new job, whatever was being changed there."""
+        from hvlite.tui.compose_screen import ComposeScreen, open_new
+
+        self.go("compose")
+        screen = self.front
+        assert isinstance(screen, ComposeScreen)
+        screen.call_after_refresh(open_new, screen)
+
     def edit(self, job: Job) -> None:
         """Change a job in the composer."""
         self._compose(job, to_edit=True)
@@ -316,13 +306,13 @@ class HvliteApp(App[None]):
             )
             return
 
-        def started(store: Store) -> Popen[bytes]:
-            if store.settings().queue != "active":
-                store.resume()
-            return workers.start_worker()
+        def started(store: Store) -> tuple[Popen[bytes], str]:
+            lifted = lift(store)
+            return workers.start_worker(), lifted
 
-        def watched(process: Popen[bytes]) -> None:
-            self.tell(f"started a worker; what it says is in {workers.worker_log()}")
+        def watched(done: tuple[Popen[bytes], str]) -> None:
+            process, lifted = done
+            self.tell(f"started a worker; what it says is in {workers.worker_log()}{lifted}")
             self.run_worker(self._watch(process), group="watch")
 
         self.act(started, watched)
@@ -339,7 +329,8 @@ class HvliteApp(App[None]):
         at = THEMES.index(self.theme) if self.theme in THEMES else -1
         self.theme = THEMES[(at + 1) % len(THEMES)]
         self.remember(replace(self.memory, theme=self.theme))
-        self.tell(f"theme {self.theme}")
+        fixed = self.settings.theme
+        self.tell(f"theme {self.theme}" + (f"; the next window has tui.toml's {fixed} again" if fixed else ""))
 
     def action_palette(self) -> None:
         self.action_command_palette()
@@ -362,9 +353,9 @@ class HvliteApp(App[None]):
             target = self if action.screen == "app" else front
             title = f"{action.help[0].upper()}{action.help[1:]}"
             cli = action.cli.replace("{id}", front.ids_text())
-            yield SystemCommand(
-                title, f"{action.keys.split(',')[0]}  {cli}".strip(), getattr(target, f"action_{action.method}")
-            )
+            keys = self.settings.keys.get(action.name, action.keys).split(",")
+            key = "" if keys[0] == NO_KEY else keys[0]
+            yield SystemCommand(title, f"{key}  {cli}".strip(), getattr(target, f"action_{action.method}"))
 
     def on_app_focus(self, event: events.AppFocus) -> None:
         self.look_again()
@@ -390,5 +381,6 @@ def tui() -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise RequestError("hvlite tui needs a terminal; for scripts there is: hvlite queue ls --json")
     settings = read_settings()
-    HvliteApp(settings, read_memory(), Surroundings(graphic=widget_for(settings.pictures))).run()
-    return 0
+    app = HvliteApp(settings, read_memory(), Surroundings(graphic=widget_for(settings.pictures)))
+    app.run()
+    return app.return_code or 0

@@ -1,8 +1,13 @@
-"""Write a prompt with its settings; every field is checked, and the plan made anew, while one types."""
+"""Write a prompt with its settings; every field is checked, and the plan made anew, while one types.
+
+A job that is changed, or made again, takes the form for a while: what was half written comes back afterwards.
+"""
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from dataclasses import field as made
+from math import inf
 
 from rich.text import Text
 from textual import on, work
@@ -11,17 +16,56 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.suggester import SuggestFromList
 from textual.widgets import Footer, Input, Static, TextArea
 
-from hvlite.jobs.job import Job, NewJob
+from hvlite.errors import HvliteError
+from hvlite.jobs.asking import model_of
+from hvlite.jobs.job import How, Job, NewJob, check_suffix
 from hvlite.request import Request
 from hvlite.tui.actions import bindings
 from hvlite.tui.desk import View
-from hvlite.tui.forms import FIELDS, Field, Filled, choices, defaults_of, form_of, model_name, read_form
+from hvlite.tui.forms import (
+    FIELDS,
+    HOW,
+    Field,
+    Filled,
+    asked_how,
+    choices,
+    defaults_of,
+    form_of,
+    over,
+    read_form,
+)
 from hvlite.tui.frame import Banner, MainScreen, Top
 from hvlite.tui.planner import PlanWords, plan_words, room_here, time_words
 from hvlite.tui.templates import Templates
+from hvlite.tui.words import number
 
 PLACEHOLDER = "What is to be seen, in full sentences. An empty line begins another prompt, which becomes another job."
 NEW = "new job"
+# A plan tells a time of day, which goes on while nobody types.
+PLAN_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What the form holds. `source` is the job that it was filled from, `editing` whether that one is to change."""
+
+    prompt: str = ""
+    form: dict[str, str] = made(default_factory=dict)
+    source: Job | None = None
+    editing: bool = False
+
+    @property
+    def how(self) -> How:
+        """What the form has fields for, and what it has none for."""
+        return (self.source and self.source.how) or How()
+
+    @property
+    def title(self) -> str:
+        if self.source is None:
+            return NEW
+        kept = {name: value for name, value in vars(self.how).items() if value is not None and name not in HOW}
+        rest = "".join(f", {name.replace('_', '-')} {value}" for name, value in kept.items())
+        return f"change job {self.source.id}{rest}" if self.editing else f"{NEW} like job {self.source.id}{rest}"
 
 
 class FormField(Horizontal):
@@ -43,15 +87,17 @@ class FormField(Horizontal):
 
 
 class ComposeScreen(MainScreen):
-    """A form. While `editing` is a job, it is changed; else new ones are queued."""
+    """A form. A `draft` is what was half written when a job took its place."""
 
     BINDINGS = bindings("compose")
 
     def __init__(self, *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
-        self.editing: Job | None = None
+        self.page, self.draft = Page(), Page()
         self.filled = Filled(faults={"prompt": ""})
+        self.warned: Filled | None = None
         self._back_in_time = -1
+        self._planned_at = inf
 
     def compose(self) -> ComposeResult:
         yield Top("compose")
@@ -71,7 +117,9 @@ class ComposeScreen(MainScreen):
         self._check()
 
     def show(self, view: View) -> None:
-        """Totals and warnings are shown by the frame."""
+        """Totals and warnings are shown by the frame; here the time of the plan goes on."""
+        if view.at - self._planned_at >= PLAN_SECONDS:
+            self._check()
 
     # The form as values.
 
@@ -83,14 +131,30 @@ class ComposeScreen(MainScreen):
         """What was typed, without the empty fields."""
         return {box.id: box.value for box in self.query(".field Input").results(Input) if box.id and box.value}
 
-    def fill(self, prompt: str, form: dict[str, str], editing: Job | None = None) -> None:
+    @property
+    def editing(self) -> Job | None:
+        return self.page.source if self.page.editing else None
+
+    def take(self, page: Page) -> None:
+        """Put a job into the form; what was half written there comes back once that is over."""
+        if self.page.source is None:
+            self.draft = Page(prompt=self.prompt.text, form=self.form())
+        self.fill(page)
+
+    def give_back(self) -> None:
+        """The job leaves the form."""
+        if self.page.source is not None:
+            self.fill(self.draft)
+            self.draft = Page()
+
+    def fill(self, page: Page) -> None:
         """Put these values into the form, in place of what is there."""
-        self.editing = editing
+        self.page = page
         with self.prevent(Input.Changed, TextArea.Changed):
-            self.prompt.text = prompt
+            self.prompt.text = page.prompt
             for box in self.query(".field Input").results(Input):
-                box.value = form.get(box.id or "", "")
-        self.query_one("#form-title", Static).update(NEW if editing is None else f"change job {editing.id}")
+                box.value = page.form.get(box.id or "", "")
+        self.query_one("#form-title", Static).update(page.title)
         self.prompt.focus()
         self._check()
 
@@ -106,37 +170,40 @@ class ComposeScreen(MainScreen):
 
     def _show_defaults(self, model: str) -> None:
         """What an empty field stands for."""
-        defaults = defaults_of(model_name(replace(self.filled.how, model=model or None)))
+        asked = replace(self.page.how, model=model or None)
+        defaults = defaults_of(model_of(asked))
         for name in ("size", "frames", "steps", "guidance", "flow_shift"):
             value = None if defaults is None else getattr(defaults, name)
-            text = "x".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else f"{value:g}"
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else number(value)
             self.query_one(f"#{name}", Input).placeholder = text
-        self.query_one("#model", Input).placeholder = model_name(self.filled.how)
+        self.query_one("#model", Input).placeholder = model_of(replace(asked, model=None))
 
     # The plan.
 
     @work(group="plan", exclusive=True)
     async def _plan(self, filled: Filled, form: dict[str, str]) -> None:
         await asyncio.sleep(self.hvlite.surroundings.typing_seconds)
-        if not filled.faults:
-            shown = await self._planned(filled)
-        else:
-            rest = {name: fault for name, fault in filled.faults.items() if name != "prompt"}
-            shown = PlanWords(fits=False, lines=list(rest.values()))
-            if not rest:  # a plan needs no prompt
-                shown = await self._planned(read_form(form, "any", lambda: 0))
-                shown = replace(shown, lines=[*shown.lines, filled.faults["prompt"]])
+        faults = list(filled.faults.values())
+        if set(filled.faults) == {"prompt"}:  # a plan needs no prompt
+            filled = read_form(form, "any", lambda: 0)
+        self._planned_at = inf
+        shown = await self._planned(filled) if filled.requests else PlanWords(fits=False, lines=[])
         panel = self.query_one("#plan-words", Static)
-        panel.update(Text("\n".join(shown.lines)))
+        panel.update(Text("\n".join([*shown.lines, *faults])))
         panel.set_class(shown.fits is False, "-refused")
         panel.set_class(shown.fits is True, "-fits")
 
     async def _planned(self, filled: Filled) -> PlanWords:
-        now = self.hvlite.surroundings.clock()
-        planned = await asyncio.to_thread(lambda: plan_words(filled.requests[0], filled.how, room_here()))
-        told = await self.hvlite.desk.call(
-            lambda store: time_words(store, filled.requests, filled.how, filled.stop_after, now)
-        )
+        how, now = over(self.page.how, filled.how), self.hvlite.surroundings.clock()
+        planned = await asyncio.to_thread(lambda: plan_words(filled.requests[0], how, room_here()))
+        try:
+            told = await self.hvlite.desk.call(
+                lambda store: time_words(store, filled.requests, how, filled.stop_after, now)
+            )
+        except HvliteError as error:
+            now = -inf  # to be planned again as soon as the queue is seen
+            told = f"when it would be ready is not known: {error}"
+        self._planned_at = now
         return replace(planned, lines=[planned.lines[0], told, *planned.lines[1:]])
 
     # Acting.
@@ -152,36 +219,58 @@ class ComposeScreen(MainScreen):
         if filled.faults:
             self.hvlite.tell("; ".join(filled.faults.values()), severity="error")
             return
+        job = self.editing
+        if job is not None and len(filled.requests) != 1:
+            many = f"{len(filled.requests)} prompts and seeds"
+            self.hvlite.tell(f"job {job.id} is one clip; this form asks for {many}", severity="error")
+            return
+        self._queue_checked(filled, first)
+
+    @work(group="ask", exclusive=True)
+    async def _queue_checked(self, filled: Filled, first: bool) -> None:
+        """As `hvlite queue add` checks it; what does not fit is asked for twice."""
+        try:
+            jobs = filled.jobs(self.page.how)
+        except HvliteError as error:
+            self.hvlite.tell(str(error), severity="error")
+            return
+        planned = await asyncio.to_thread(lambda: plan_words(jobs[0].request, jobs[0].how, room_here()))
+        asked = replace(filled, requests=tuple(replace(request, seed=0) for request in filled.requests))
+        if planned.fits is False and asked != self.warned:
+            self.warned = asked
+            again = "the same key again queues it all the same, for a machine where it does"
+            self.hvlite.tell(f"{planned.lines[0]}; {again}", severity="warning")
+            return
+        self.warned = None
         if self.editing is not None:
             self._change(self.editing, filled)
-            return
-        jobs = filled.jobs()
-        self.hvlite.act(lambda store: store.add(jobs, first=first), lambda ids: self._queued(ids, filled.requests))
+        else:
+            self.hvlite.act(lambda store: store.add(jobs, first=first), lambda ids: self._queued(ids, filled.requests))
 
     def _queued(self, ids: Sequence[int], requests: Sequence[Request]) -> None:
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         self.hvlite.remember(self.hvlite.memory.with_prompts(prompts))
-        number = f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"
-        self.hvlite.tell(f"queued {number}; u: undo")
+        numbers = f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"
+        self.hvlite.tell(f"queued {numbers}; u: undo")
         self._back_in_time = -1
+        self.give_back()
         self.hvlite.go("queue")
 
     def _change(self, job: Job, filled: Filled) -> None:
-        if len(filled.requests) != 1:
-            many = f"{len(filled.requests)} prompts and seeds"
-            self.hvlite.tell(f"job {job.id} is one clip; this form asks for {many}", severity="error")
-            return
-        request, form_how = filled.requests[0], filled.how
+        request, folder = filled.requests[0], filled.folder
 
         def changed(old: NewJob) -> NewJob:
-            how = replace(old.how, **{name: getattr(form_how, name) for name in FORM_HOW})
-            return replace(old, request=request, how=how, stop_after=filled.stop_after)
+            how, stop_after = asked_how(filled.how, old.how), filled.stop_after
+            moved = replace(old, folder=folder, output=None) if folder != old.folder else old
+            if moved.output is not None:
+                check_suffix(moved.output, request)
+            return replace(moved, request=request, how=how, stop_after=stop_after)
 
         self.hvlite.act(lambda store: store.edit([job.id], changed), lambda _: self._changed(job))
 
     def _changed(self, job: Job) -> None:
         self.hvlite.tell(f"changed job {job.id}; u: undo")
-        self.fill("", {})
+        self.give_back()
         self.hvlite.go("queue")
 
     def action_earlier(self) -> None:
@@ -206,28 +295,37 @@ class ComposeScreen(MainScreen):
         deed, name = answer
         memory = self.hvlite.memory
         if deed == "take":
-            self.fill(self.prompt.text, memory.templates.get(name, {}), self.editing)
+            self.fill(replace(self.page, prompt=self.prompt.text, form=memory.templates.get(name, {})))
             return
         rest = {key: form for key, form in memory.templates.items() if key != name}
         self.hvlite.remember(replace(memory, templates={**rest, name: self.form()} if deed == "keep" else rest))
         self.hvlite.tell(f"{'kept these settings as' if deed == 'keep' else 'dropped'} {name}")
 
     def action_reset(self) -> None:
-        self.fill("", {})
+        """Empty the form; what a job took the place of comes back."""
+        if self.page.source is not None and not self.page.editing:
+            self.give_back()
+        else:
+            self.fill(replace(self.page, prompt="", form={}))
 
     def action_help(self) -> None:
         self.hvlite.action_help()
 
     def action_back(self) -> None:
-        if self.editing is not None:
-            self.fill("", {})
+        if self.page.editing:
+            self.give_back()
         self.hvlite.go("queue")
-
-
-FORM_HOW = ("model", "profile", "weights", "text_weights", "device")
 
 
 def open_form(screen: ComposeScreen, job: Job, *, to_edit: bool) -> None:
     """Fill the form with a job: to change it, or to make another one like it."""
     prompt, form = form_of(job)
-    screen.fill(prompt, form, job if to_edit else None)
+    screen.take(Page(prompt=prompt, form=form, source=job, editing=to_edit))
+
+
+def open_new(screen: ComposeScreen) -> None:
+    """A change that was not finished is left."""
+    job = screen.editing
+    if job is not None:
+        screen.give_back()
+        screen.hvlite.tell(f"job {job.id} stays as it is")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from hvlite.errors import RequestError
+from hvlite.errors import QueueError, RequestError
 from hvlite.jobs.job import ENDED, OPEN, Job, Settings, State
 from hvlite.jobs.store import Store, open_store
 from hvlite.tui import words
@@ -24,17 +24,23 @@ PAGE = 150
 CHUNK = 500
 # Waiting jobs that the forecast looks at, and done ones that it learns from.
 FORECAST = 300
+# So old a forecast may be: the clock goes on where nothing happens.
+FORECAST_SECONDS = 15
 LEARN_FROM = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """The rows around the cursor of a list of jobs in these states; `follow` is the job under the cursor."""
+    """The rows around the cursor of a list of jobs in these states; `follow` is the job under the cursor.
+
+    `marked` are jobs of which is asked whether they are still there.
+    """
 
     states: tuple[State, ...] = ALL
     start: int = 0
     words: str = ""
     follow: int | None = None
+    marked: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,7 @@ class View:
     start: int
     jobs: Sequence[Job]
     followed: int | None = None
+    gone: frozenset[int] = frozenset()
     ends: Mapping[int, float | None] = field(default_factory=dict)
     end: float | None = None
     """When the queue is done; where it is longer than the forecast looks, not before then."""
@@ -87,8 +94,15 @@ class Desk:
         return deed(self._opened())
 
     def _look(self, wanted: Wanted) -> View | None:
+        try:
+            return self._looked(wanted)
+        except QueueError:
+            self._close()  # it is damaged: the next opening sets it aside, for which it must be nobody's
+            raise
+
+    def _looked(self, wanted: Wanted) -> View | None:
         store = self._opened()
-        seen = (store.data_version(), self._deeds, wanted)
+        seen = (store.data_version(), self._deeds, wanted, int(self.clock() / FORECAST_SECONDS))
         if seen == self._seen:
             return None
         view = look(store, wanted, self.clock())
@@ -129,6 +143,7 @@ def look(store: Store, wanted: Wanted, now: float) -> View:
         start=start,
         jobs=jobs,
         followed=_followed(store, wanted, counts, start, jobs),
+        gone=_gone(store, wanted.marked),
     )
     return _with_forecast(store, view, now)
 
@@ -166,6 +181,16 @@ def _followed(store: Store, wanted: Wanted, counts: Mapping[State, int], start: 
     return None if job.position is None else counts["running"] + job.position - 1
 
 
+def _gone(store: Store, marked: frozenset[int]) -> frozenset[int]:
+    """Those that another window has taken off the list."""
+    if not marked:
+        return marked
+    try:
+        return marked - set(store.numbers([(min(marked), max(marked))]))
+    except RequestError:
+        return marked
+
+
 def _with_forecast(store: Store, view: View, now: float) -> View:
     """When each job ends, as far as the done ones tell."""
     from hvlite.jobs.eta import History, finish_times, queue_end
@@ -173,5 +198,6 @@ def _with_forecast(store: Store, view: View, now: float) -> View:
     if not view.counts["queued"] and not view.running:
         return view
     history = History(store.page(("done",), limit=LEARN_FROM))
-    ends = finish_times(view.running, store.page(("queued",), limit=FORECAST), history, now)
+    queued, is_active = store.page(("queued",), limit=FORECAST), view.settings.queue == "active"
+    ends = finish_times(view.running, queued, history, now, is_active=is_active)
     return replace(view, ends=ends, end=queue_end(ends))

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -82,6 +83,12 @@ class DeviceStrip(Vertical):
         self.minute.append(_share(machine, card_of(machine, running)))
         self._draw(machine)
 
+    def show_jobs(self, running: Sequence[Job]) -> None:
+        """What runs has changed since the machine was asked."""
+        if running != self._at_work:
+            self._at_work = running
+            self.on_resize()
+
     def on_resize(self) -> None:
         if self._machine is not None:
             self._draw(self._machine)
@@ -102,8 +109,9 @@ class DeviceStrip(Vertical):
         parts = host_parts(machine) if card is None else card_parts(card, machine, job)
         limit = None if job is None else job.predicted_bytes
         text = Text(no_wrap=True, overflow="ellipsis")
-        for sign, colour in memory_bar(parts, limit, BAR_WIDTH if is_roomy else line.size.width // 10):
-            text.append(sign, self.get_component_rich_style(f"device--{colour}", partial=True))
+        cells = memory_bar(parts, limit, BAR_WIDTH if is_roomy else line.size.width // 10)
+        for (sign, colour), alike in groupby(cells):
+            text.append(sign * len(list(alike)), self.get_component_rich_style(f"device--{colour}", partial=True))
         for part in parts:
             text.append(gap)
             text.append(part.sign, self.get_component_rich_style(f"device--{part.colour}", partial=True))

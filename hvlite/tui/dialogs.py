@@ -77,6 +77,7 @@ class Reading(ModalScreen[None]):
             return
         scroll = self.query_one("#reading-scroll", VerticalScroll)
         at_end = scroll.scroll_offset.y >= scroll.max_scroll_y
+        text.no_wrap = self.text.no_wrap
         self.text = text
         self._draw()
         if at_end:

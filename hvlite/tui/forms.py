@@ -5,7 +5,7 @@ A form is a mapping from the names below to what was typed; "" leaves a field to
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO, HUNYUANVIDEO_DEFAULTS, RequestDefaults
 from hvlite.errors import HvliteError, RequestError
 from hvlite.formats import TextWeights, Weights
+from hvlite.jobs.asking import EMBEDDED, absolute, given_how, known_device, known_model, known_profile, model_of
 from hvlite.jobs.batch import parse_seeds
 from hvlite.jobs.job import How, Job, NewJob
 from hvlite.profile import profile_names
 from hvlite.request import Request
+from hvlite.tui.words import number
 
 Form = Mapping[str, str]
 SEPARATORS = re.compile(r"[x, ]+")
 BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
-SHAPES = "shapes"
 ON, OFF = "yes", "no"
 
 
@@ -39,7 +40,7 @@ class Field:
 
 FIELDS = (
     Field("size", "size", "height x width"),
-    Field("model", "model", "", (SHAPES, HUNYUANVIDEO.name)),
+    Field("model", "model", "", (EMBEDDED, HUNYUANVIDEO.name)),
     Field("frames", "frames", "4k+1"),
     Field("profile", "profile", "by the card", ("auto",)),
     Field("steps", "steps"),
@@ -69,13 +70,26 @@ class Filled:
     stop_after: int | None = None
     faults: Mapping[str, str] = field(default_factory=dict)
 
-    def jobs(self) -> list[NewJob]:
-        """RequestError where fields contradict one another."""
-        folder = self.folder.expanduser().absolute()
+    def jobs(self, source: How | None = None) -> list[NewJob]:
+        """As `hvlite queue add` would make them, with the same checks; HvliteError says what is wrong."""
+        how = asked_how(self.how, source or How())
         return [
-            NewJob(request=request, how=self.how, folder=folder, stop_after=self.stop_after)
+            NewJob(request=request, how=how, folder=self.folder, stop_after=self.stop_after)
             for request in self.requests
         ]
+
+
+def asked_how(typed: How, source: How) -> How:
+    """What is typed over the rest of `source`; what differs from it is checked, and a model is named."""
+    how = over(source, typed)
+    new = {name: getattr(typed, name) for name in HOW if getattr(typed, name) != getattr(source, name)}
+    how = replace(how, **given_how(How(**new)))
+    return how if how.model is not None else replace(how, model=known_model(model_of(how)))
+
+
+def over(source: How, typed: How) -> How:
+    """The form's fields, and all others of `source`."""
+    return replace(source, **{name: getattr(typed, name) for name in HOW})
 
 
 def choices(name: str) -> list[str]:
@@ -92,22 +106,27 @@ def read_form(form: Form, prompt: str, draw: Callable[[], int]) -> Filled:
     how = {name: _checked(name, text, convert, faults) for name, convert in HOW.items() if (text := given[name])}
     seeds = _checked("seeds", given["seeds"] or "0", lambda text: _seeds(text, draw), faults) or [0]
     stop_after = _checked("stop_after", given["stop_after"], int, faults) if given["stop_after"] else None
+    folder = _checked("folder", given["folder"] or str(paths.DEFAULT_OUTPUT), _folder, faults) or paths.DEFAULT_OUTPUT
     prompts = [part.strip() for part in BLANK_LINES.split(prompt) if part.strip()]
+    if not faults:
+        _check_together(values, folder, stop_after, faults)
     if not prompts:
         faults["prompt"] = "a prompt is missing"
+    if faults:
+        return Filled(faults=faults)
     try:
-        requests = () if faults else tuple(Request(each, seed=seed, **values) for each in prompts for seed in seeds)
-        filled = Filled(
-            requests=requests,
-            how=How(**({} if faults else how)),
-            folder=Path(given["folder"] or paths.DEFAULT_OUTPUT),
-            stop_after=stop_after,
-            faults=faults,
-        )
-        filled.jobs()
+        requests = tuple(Request(each, seed=seed, **values) for each in prompts for seed in seeds)
     except RequestError as error:
         return Filled(faults={"prompt": str(error)})
-    return filled
+    return Filled(requests=requests, how=How(**how), folder=folder, stop_after=stop_after)
+
+
+def _check_together(values: Mapping[str, Any], folder: Path, stop_after: int | None, faults: dict[str, str]) -> None:
+    """What only several fields together can be wrong in."""
+    try:
+        NewJob(request=Request("any", **values), how=How(), folder=folder, stop_after=stop_after)
+    except RequestError as error:
+        faults["stop_after"] = str(error)
 
 
 def _checked(name: str, text: str, convert: Callable[[str], Any], faults: dict[str, str]) -> Any:
@@ -156,16 +175,17 @@ def _one_of(kind: Any) -> Callable[[str], Any]:
     return convert
 
 
+def _folder(text: str) -> Path:
+    return absolute(Path(text))
+
+
 def _profile(text: str) -> str:
-    if text != "auto" and not text.endswith(".toml") and text not in profile_names():
-        raise RequestError(f"no profile named {text!r}; known: auto, {', '.join(profile_names())}")
-    return text
+    return known_profile(text, How())
 
 
 def _model(text: str) -> str:
-    if text in (SHAPES, HUNYUANVIDEO.name) or Path(text).expanduser().is_dir():
-        return text if text in (SHAPES, HUNYUANVIDEO.name) else str(Path(text).expanduser().absolute())
-    raise RequestError(f"model is {SHAPES}, {HUNYUANVIDEO.name} or a folder; there is no folder {text}")
+    """A model that is not downloaded yet can be planned for; that it is missing is said once it is to be queued."""
+    return text if text == HUNYUANVIDEO.name else known_model(text)
 
 
 REQUEST: Mapping[str, Callable[[str], Any]] = {
@@ -184,12 +204,12 @@ HOW: Mapping[str, Callable[[str], Any]] = {
     "profile": _profile,
     "weights": _one_of(Weights),
     "text_weights": _one_of(TextWeights),
-    "device": str,
+    "device": known_device,
 }
 
 
 def form_of(job: Job) -> tuple[str, dict[str, str]]:
-    """The prompt and the form that ask for this job again; what a form has no field for is in `kept_of`."""
+    """The prompt and the form that ask for this job again; `over` keeps what a form has no field for."""
     request, how = job.request, job.how
     assert request is not None
     assert how is not None
@@ -211,20 +231,16 @@ def _text(value: object) -> str:
         case tuple():
             return "x".join(map(str, value))
         case float():
-            return f"{value:g}"
+            return number(value)
         case _:
             return str(value)
-
-
-def model_name(how: How) -> str:
-    return how.model or paths.default_model()
 
 
 def defaults_of(model: str) -> RequestDefaults | None:
     """What a model does where nothing is said; None where only its own files tell."""
     if model == HUNYUANVIDEO.name:
         return HUNYUANVIDEO_DEFAULTS
-    if model != SHAPES:
+    if model != EMBEDDED:
         return None
     settings = msgspec.json.decode((paths.SHAPES_MODEL / "hvlite.json").read_bytes())
     return msgspec.convert(settings["defaults"], RequestDefaults)

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
@@ -46,6 +47,7 @@ class GalleryScreen(JobScreen):
     def __init__(self, *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
         self._seen: dict[tuple[Path, float], list[Frame]] = {}
+        self._keeping = Lock()
 
     def compose(self) -> ComposeResult:
         yield Top("gallery")
@@ -82,7 +84,7 @@ class GalleryScreen(JobScreen):
         await asyncio.sleep(self.hvlite.surroundings.typing_seconds)
         try:
             pictures.show(await asyncio.to_thread(self._frames_of, job))
-        except RequestError as error:
+        except (OSError, RequestError) as error:
             pictures.show([])
             found = [("fault", str(error)), *facts(job, self.hvlite.surroundings.clock(), None)]
             self.query_one("#clip-words", Static).update(facts_table(found))
@@ -90,15 +92,21 @@ class GalleryScreen(JobScreen):
     def _frames_of(self, job: Job) -> "list[Frame]":
         if job.state == "parked":
             return read_strip(paths.preview_file(job.id))
-        if job.output is None or not job.output.exists():
+        if job.output is None:
             return []
-        key = (job.output, job.output.stat().st_mtime)
-        if key not in self._seen:
+        try:
+            key = (job.output, job.output.stat().st_mtime)
+        except OSError:  # it is gone
+            return []
+        seen = self._seen.get(key)
+        if seen is None:
             found = read_moments(job.output)
-            while len(self._seen) >= KEPT:
-                del self._seen[next(iter(self._seen))]
-            self._seen[key] = found
-        return self._seen[key]
+            with self._keeping:  # a thread whose frames nobody wants any more may still be reading
+                self._seen[key] = found
+                while len(self._seen) > KEPT:
+                    del self._seen[next(iter(self._seen))]
+            return found
+        return seen
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """The footer shows what fits the clip under the cursor."""

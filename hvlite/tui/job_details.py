@@ -133,7 +133,7 @@ def _request_facts(job: Job) -> Facts:
         asked = getattr(request, name)
         value = asked if asked is not None else resolved.get(name)
         if value is not None and (name != "cfg_scale" or value != 1):
-            found.append(f"{name.replace('_', ' ')} {value:g}")
+            found.append(f"{name.replace('_', ' ')} {words.number(value)}")
     facts: Facts = [("clip", ", ".join(found)), ("seed", str(request.seed))]
     if request.negative_prompt:
         facts.append(("not", words.plain(request.negative_prompt)))

@@ -41,7 +41,11 @@ class JobScreen(MainScreen):
         table = self.table
         follow = None if table.job is None else table.job.id
         return Wanted(
-            states=self.STATES, start=table.start(), words=self.query_one("#filter", Input).value, follow=follow
+            states=self.STATES,
+            start=table.start(),
+            words=self.query_one("#filter", Input).value,
+            follow=follow,
+            marked=frozenset(table.marked),
         )
 
     # The list.

@@ -132,6 +132,7 @@ class JobTable(ScrollView, can_focus=True):
         """Draw `view`; the cursor stays on its job where that is still to be seen."""
         cursor = self._cursor_in(view)
         self.view = view
+        self.marked = {job: None for job in self.marked if job not in view.gone}
         self._rows = {view.start + index: job for index, job in enumerate(view.jobs)}
         self.virtual_size = Size(self.size.width, view.total + 1)
         self.cursor = max(0, min(cursor, view.total - 1))

@@ -6,12 +6,28 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from hvlite.errors import ProfileError
+
 OPENERS = ("xdg-open", "wslview")
+
+
+def command_of(player: str) -> list[str]:
+    """The words of a command line; ProfileError where it is none."""
+    try:
+        words = shlex.split(player)
+    except ValueError as error:
+        raise ProfileError(f"player {player!r} is no command: {str(error).lower()}") from None
+    if not words:
+        raise ProfileError(f"player {player!r} names no program; leave it out for the desktop's own")
+    return words
 
 
 def play(file: Path, player: str | None) -> str | None:
     """Start the player and leave it alone; None, or why there is none."""
-    command = shlex.split(player) if player else _opener()
+    try:
+        command = _opener() if player is None else command_of(player)
+    except ProfileError as error:
+        return str(error)
     if command is None:
         return f"no desktop here to play it on; the file is {file} (y copies its path)"
     try:

@@ -17,6 +17,15 @@ def turn(store: Store, *, now: bool) -> str:
     return "the running job stops and goes on later" if now else "nothing starts after the running job"
 
 
+def lift(store: Store) -> str:
+    """A worker is to work: let the queue go on -> what to tell of that, "" if it was not paused."""
+    settings = store.settings()
+    if settings.queue == "active":
+        return ""
+    store.resume()
+    return f"; the queue was paused{f' ({settings.pause_reason})' if settings.pause_reason else ''} and goes on"
+
+
 def pause_words(view: View) -> str:
     """Why nothing starts, and the key that changes it."""
     reason = f": {view.settings.pause_reason}" if view.settings.pause_reason else ""

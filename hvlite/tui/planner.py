@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import HvliteError
+from hvlite.jobs.asking import EMBEDDED, model_of
 from hvlite.jobs.eta import History, finish_times, queue_end
 from hvlite.jobs.job import How
 from hvlite.jobs.store import Store
@@ -17,7 +18,6 @@ from hvlite.request import Request, request_notes
 from hvlite.telemetry import driver_state, host_state
 from hvlite.tui import words
 from hvlite.tui.desk import FORECAST, LEARN_FROM
-from hvlite.tui.forms import SHAPES, model_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ def _auto(room: Room) -> str:
 
 def plan_words(request: Request, how: How, room: Room) -> PlanWords:
     """The plan of one clip; what is wrong with the profile is said instead."""
-    model = model_name(how)
-    if model == SHAPES:
+    model = model_of(how)
+    if model == EMBEDDED:
         return PlanWords(fits=True, lines=["fits: the embedded test model is small enough for every machine"])
     if model != HUNYUANVIDEO.name:
         return PlanWords(fits=None, lines=[f"no plan while typing for {model}: hvlite plan --model {model}"])
@@ -96,9 +96,10 @@ def time_words(store: Store, requests: Sequence[Request], how: How, stop_after: 
     known = [each for each in seconds if each is not None]
     if not known or len(known) != len(seconds):
         return f"{clips}; how long it takes is known once a clip with these weights is done"
-    queued = store.page(("queued",), limit=FORECAST)
-    ends = finish_times(store.page(("running",)), queued, history, now)
-    end = now if not ends else queue_end(ends)
+    end = None
+    if store.settings().queue == "active":
+        ends = finish_times(store.page(("running",)), store.page(("queued",), limit=FORECAST), history, now)
+        end = now if not ends else queue_end(ends)
     each = f", {words.duration(known[0])} each" if len(known) > 1 else ""
     ready = "" if end is None else f"; at the end of the line ready {words.clock(end + sum(known), now)}"
     return f"{clips}, {words.duration(sum(known))}{each}{ready}"

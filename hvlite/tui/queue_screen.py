@@ -8,7 +8,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.widgets import Footer, Static
 
-from hvlite.jobs.job import ACTIONS, ENDED, Place, Spot, State
+from hvlite.jobs.job import ACTIONS, ENDED, Job, Place, Spot, State, refusal
 from hvlite.jobs.store import Store
 from hvlite.tui.actions import bindings
 from hvlite.tui.desk import ALL, View
@@ -32,14 +32,14 @@ From the command line:  hvlite queue add "a red circle moving left on a black ba
 """
 
 # What an action needs of the job under the cursor; the others are for any job.
-FOR_STATES = {name: ACTIONS[name] for name in ("edit", "retry", "finish")} | {
+FOR_STATES = {name: ACTIONS[name] for name in ("edit", "retry")} | {
     "move_up": ACTIONS["mv"],
     "move_down": ACTIONS["mv"],
     "move_top": ACTIONS["mv"],
     "move_bottom": ACTIONS["mv"],
     "open": frozenset({"done"}),
 }
-ON_A_JOB = {"cancel", "duplicate", "new_seed", "whole", "log", "copy_path", "copy_command"}
+ON_A_JOB = {"cancel", "finish", "duplicate", "new_seed", "whole", "log", "copy_path", "copy_command"}
 
 
 class QueueScreen(JobScreen):
@@ -78,17 +78,26 @@ class QueueScreen(JobScreen):
                 return False
             if self.table.marked:
                 return True
-            return self.job is not None and self.job.state in FOR_STATES.get(action, frozenset({self.job.state}))
+            job = self.job
+            if job is not None and action == "finish":
+                return refusal(action, job.id, job.state, is_draft=job.stop_after is not None) is None
+            return job is not None and job.state in FOR_STATES.get(action, frozenset({job.state}))
         return True
 
     # Acting.
 
     def action_new(self) -> None:
-        self.hvlite.go("compose")
+        self.hvlite.write_new()
 
     def action_edit(self) -> None:
-        if self.job is not None:
-            self.hvlite.edit(self.job)
+        job = self.job
+        if job is None:
+            return
+        refused = refusal("edit", job.id, job.state)
+        if refused is not None:
+            self.hvlite.tell(refused, severity="error")
+        else:
+            self.hvlite.edit(job)
 
     def action_duplicate(self) -> None:
         ids = self.table.chosen()
@@ -152,9 +161,11 @@ class QueueScreen(JobScreen):
     def action_log(self) -> None:
         job = self.job
         if job is not None:
-            self.app.push_screen(
-                Reading(str(log_file(job)), Text(log_text(job) or "no log yet"), lambda: Text(log_text(job)))
-            )
+            self.app.push_screen(Reading(str(log_file(job)), _log(job), lambda: _log(job)))
+
+
+def _log(job: Job) -> Text:
+    return Text(log_text(job) or "no log yet")
 
 
 def _cancelled(store: Store, ids: list[int]) -> str:

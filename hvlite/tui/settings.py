@@ -1,6 +1,6 @@
 """What a user has set (tui.toml, only read) and what the terminal UI remembers by itself (tui.json).
 
-theme = "ansi-light"            # any theme of the palette
+theme = "ansi-light"            # at every start; without it, the one that `t` chose last
 player = "mpv --loop"           # what `o` opens files with
 notify = "desktop"              # what an ended queue or a failure does: "bell" (by default), "desktop", "off"
 pictures = "kitty"              # how frames are drawn: "blocks" (by default); "kitty", "sixel" need the extra `images`
@@ -8,6 +8,7 @@ pictures = "kitty"              # how frames are drawn: "blocks" (by default); "
 "queue.cancel" = "ctrl+x"       # names are in the help
 """
 
+import difflib
 import json
 import tomllib
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from textual.theme import BUILTIN_THEMES
 
 from hvlite import paths
 from hvlite.atomic import explained, replaced_file
 from hvlite.errors import OutputError, ProfileError
 from hvlite.tui.actions import keymap
+from hvlite.tui.outside import command_of
 
 REMEMBERED = 200
 Drawing = Literal["blocks", "kitty", "sixel"]
@@ -65,10 +68,24 @@ def read_settings(file: Path | None = None) -> TuiSettings:
         settings = msgspec.convert({**values, "keys": {}}, TuiSettings)
     except msgspec.ValidationError as error:
         raise ProfileError(f"{file}: {error}") from None
+    _check(settings, file)
     asked: Any = values.get("keys", {})
     if not isinstance(asked, dict):
         raise ProfileError(f"{file}: keys must be a table: [keys]")
     return replace(settings, keys=keymap(asked, file))
+
+
+def _check(settings: TuiSettings, file: Path) -> None:
+    """ProfileError for a theme that there is none of, and for a player that is no command."""
+    if settings.theme is not None and settings.theme not in BUILTIN_THEMES:
+        nearest = difflib.get_close_matches(settings.theme, BUILTIN_THEMES, n=1)
+        hint = f" - did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(BUILTIN_THEMES)}"
+        raise ProfileError(f"{file}: no theme {settings.theme!r}{hint}")
+    if settings.player is not None:
+        try:
+            command_of(settings.player)
+        except ProfileError as error:
+            raise ProfileError(f"{file}: {error}") from None
 
 
 def read_memory(file: Path | None = None) -> Memory:

@@ -115,8 +115,14 @@ def gib(nbytes: int) -> str:
     return f"{nbytes / GIB:.1f} GiB"
 
 
-def counted(number: int, what: str = "job") -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def counted(count: int, what: str = "job") -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def number(value: float) -> str:
+    """Without needless zeros, and so that it reads back as the same."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def command_of(request: Request, how: How) -> str:
@@ -149,7 +155,7 @@ def _flag(name: str, value: object, default: object) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     values = value if isinstance(value, tuple) else (value,)
-    return [flag, *(f"{each:g}" if isinstance(each, float) else str(each) for each in values)]
+    return [flag, *(number(each) if isinstance(each, float) else str(each) for each in values)]
 
 
 def short_path(path: Path) -> str:

@@ -9,6 +9,7 @@ by `beats`, which count up and do not depend on a clock that may jump.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,11 +188,14 @@ class Claims:
             self._end(connection, row, values)
             return _read(connection, job_id)
 
-    def crashed(self, job_id: int, what: str) -> Job:
-        """The worker `died` or `hung`, seen by this living supervisor: the job is queued again, or quarantined."""
+    def crashed(self, job_id: int, what: str, error: str | None = None) -> Job:
+        """The worker `died` or `hung`, seen by this living supervisor: the job is queued again, or quarantined.
+
+        `error` is what the worker itself last said of it.
+        """
         with self.database.writing() as connection:
             row = self._mine(connection, job_id)
-            self._judge(connection, row, after_crash(read_job(row), read_settings(connection), what))
+            self._judge(connection, row, after_crash(read_job(row), read_settings(connection), what, error))
             return _read(connection, job_id)
 
     def recover(self, is_dead: Callable[[Job], bool]) -> list[Job]:
@@ -209,7 +213,8 @@ class Claims:
             return [_read(connection, row["id"]) for row in dead]
 
     def _judge(self, connection: "sqlite3.Connection", row: "sqlite3.Row", verdict: Verdict) -> None:
-        values = asdict(verdict)
+        values: dict[str, object] = {**asdict(verdict), "log": str(paths.job_log(row["id"]))}
+        values["version"] = version("hvlite")
         if verdict.state == "queued":
             values["sort_key"] = keys_at_front(connection, 1)[0]
         else:

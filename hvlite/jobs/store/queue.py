@@ -186,9 +186,15 @@ class Store:
             self._requeue(action, _rows(action.connection, ids, "retry"), AT_START if anew else {}, first)
 
     def finish(self, ids: Sequence[int], *, first: bool = False) -> None:
-        """Queue drafts again, now to their end."""
+        """Have drafts go to their end: parked ones are queued again, those that still wait keep their place."""
+        whole: Mapping[str, object] = {"stop_after": None}
         with self._acting("finish") as action:
-            self._requeue(action, _rows(action.connection, ids, "finish"), {"stop_after": None}, first)
+            rows = _rows(action.connection, ids, "finish")
+            moved = [row for row in rows if first or row["state"] == "parked"]
+            self._requeue(action, moved, whole, first)
+            for row in rows:
+                if row not in moved:
+                    action.update(row, whole)
 
     def undo(self) -> Undone:
         """Take back the last action of any user, job by job; RequestError if nothing is remembered."""
@@ -264,13 +270,17 @@ def _rows(connection: "sqlite3.Connection", ids: Sequence[int], action: str | No
     rows, refusals = [], []
     for job_id in dict.fromkeys(ids):
         row = connection.execute("SELECT * FROM job WHERE id = ? AND removed IS NULL", (job_id,)).fetchone()
-        reason = _missing(job_id) if row is None else action and refusal(action, job_id, row["state"])
+        reason = _missing(job_id) if row is None else action and _refusal(action, row)
         if reason:
             refusals.append(reason)
         rows.append(row)
     if refusals:
         raise RequestError("; ".join(refusals))
     return rows
+
+
+def _refusal(action: str, row: "sqlite3.Row") -> str | None:
+    return refusal(action, row["id"], row["state"], is_draft=row["stop_after"] is not None)
 
 
 def _as_new(row: "sqlite3.Row", *, with_files: bool = False) -> NewJob:
