@@ -22,6 +22,7 @@ from random_store import small_model, write_random_store
 from streaming_runs import Job, run_hvlite
 
 from hvlite.measure import ON_CPU, measure_rates
+from hvlite.memory.needs import TEXT_TOKENS
 from hvlite.memory.rates import Rates
 from hvlite.weights.layout import Formats, store_bytes
 
@@ -83,7 +84,8 @@ def main() -> None:
         )
         print("| clip | blocks | measured s | predicted s | error |\n|---|---|---|---|---|")
         rows = []
-        job = Job(store=store, groups=folder, dtype=arguments.dtype, steps=arguments.steps)
+        # a plan is for the longest prompt
+        job = Job(store=store, groups=folder, dtype=arguments.dtype, steps=arguments.steps, text_tokens=TEXT_TOKENS)
         for row in measure(job, rates):
             rows.append({"shape": row.shape, "measured_s": row.measured_s, "predicted_s": row.predicted_s})
             where = "in memory" if row.resident else "from disk"

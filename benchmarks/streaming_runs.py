@@ -35,8 +35,6 @@ from hvlite.request import Request
 from hvlite.run import Outputs, Run
 from hvlite.weights.store import Store, open_store
 
-TEXT_TOKENS = 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -51,6 +49,7 @@ class Job:
     steps: int
     size: tuple[int, int] = (16, 16)
     frames: int = 1
+    text_tokens: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +144,7 @@ def random_clip(job: Job, dims: ModelDims, steps: int) -> Between:
         double=torch.randn(steps, dit.double_blocks, 2, 6, dit.hidden).mul_(0.1).to(dtype),
         single=torch.randn(steps, dit.single_blocks, 3, dit.hidden).mul_(0.1).to(dtype),
         final=torch.randn(steps, 2, dit.hidden).mul_(0.1).to(dtype),
-        text=torch.randn(steps, TEXT_TOKENS, dit.hidden).to(dtype),
+        text=torch.randn(steps, job.text_tokens, dit.hidden).to(dtype),
     )
     return Between(0, torch.randn(1, dit.latent_channels, shape.frames, shape.height, shape.width), [conditioning])
 
@@ -247,8 +246,8 @@ def run_diffusers(job: Job, resident: bool) -> Result:
     given = {
         "hidden_states": torch.randn(1, dims.dit.latent_channels, shape.frames, shape.height, shape.width).to(dtype),
         "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, dims.dit.text_width).to(dtype),
-        "encoder_attention_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.long),
+        "encoder_hidden_states": torch.randn(1, job.text_tokens, dims.dit.text_width).to(dtype),
+        "encoder_attention_mask": torch.ones(1, job.text_tokens, dtype=torch.long),
         "pooled_projections": torch.randn(1, dims.dit.pooled_width).to(dtype),
         "guidance": torch.tensor([6000.0], dtype=dtype),
     }

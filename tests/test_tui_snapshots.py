@@ -13,6 +13,7 @@ from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.jobs.store import open_store
 from hvlite.tui import workers
+from hvlite.tui.device_strip import DeviceStrip
 from hvlite.video.mp4 import write_mp4
 from hvlite.video.png import png_bytes
 from tests.test_tui_device import COUNTED, MACHINE
@@ -76,6 +77,9 @@ async def picture(hands: Hands) -> str:
     await hands.settle()
     for strip in hands.app.front.query("#device-minute"):
         strip.display = False  # as many bars as probes so far
+    await hands.settle()
+    for device in hands.app.front.query(DeviceStrip):
+        device.on_resize()  # for the widths as they are now, whether or not a probe came since
     await hands.settle()
     return hands.app.export_screenshot(simplify=True)
 
