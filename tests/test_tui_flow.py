@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,9 +24,20 @@ PATIENCE = 120
 @pytest.fixture(autouse=True)
 def worker_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker that saves every step, on the CPU; none is left behind."""
+    started: list[subprocess.Popen[bytes]] = []
+    start = workers.start_worker
+
+    def kept() -> "subprocess.Popen[bytes]":
+        started.append(start())
+        return started[-1]
+
     monkeypatch.setattr(workers, "COMMAND", (*workers.COMMAND, "--device", "cpu", "--save-every", "0"))
+    monkeypatch.setattr(workers, "start_worker", kept)
     yield
     kill(family())
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def kill(pids: list[int]) -> None:

@@ -108,8 +108,3 @@ def _middle(x: Clip) -> Iterator[Step]:
     yield Step("resnet", x, x)
     yield Step("attention", x, x)
     yield Step("resnet", x, x)
-
-
-def decode_flops(dims: VaeDims, latents: LatentShape) -> int:
-    """Of one tile, or of a whole clip that is not cut."""
-    return sum(step.flops for step in decoder_steps(dims, latents))

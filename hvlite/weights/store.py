@@ -37,7 +37,6 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")
 REMOVED = ".hvlite-removed-"
 TEMPORARY = re.compile(r"\.hvlite-[0-9a-f]+\.part")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # The hash stands first in the file and is taken over all of it, with these digits in its own place.
 NO_HASH = b"0" * 64
