@@ -21,6 +21,7 @@ from hvlite.events import BlockDone, Chosen, Event, Loaded, Note, Parked, Previe
 from hvlite.memory.plan import Plan
 from hvlite.memory.stages import Stage as StageName
 from hvlite.memory.streamer import Visited, Walk
+from hvlite.memory.trace import to_host
 from hvlite.model.dit import Activations, Conditioning, Dit, Workspace
 from hvlite.model.text import PromptStates
 from hvlite.opened import Model, open_model
@@ -110,7 +111,7 @@ def wishes_of(outputs: Outputs, saved: Unfinished | None) -> Wishes:
 
 @dataclass(slots=True)
 class Between:
-    """A clip between two steps: `done` of them are; one conditioning for each prompt."""
+    """A clip between two steps: `done` of them are; one conditioning for each prompt, on the host."""
 
     done: int
     latents: Tensor
@@ -148,10 +149,8 @@ def attempt(run: Run, stage: StageName, work: Callable[[], Value]) -> Generator[
 
 def go_on(run: Run, saved: Unfinished) -> Between:
     """Where an earlier run of the same clip ended."""
-    device = run.model.device
-    conditionings = [each.to(device) for each in saved.conditionings]
     done = run.resolved.steps if saved.progress is None else saved.progress.done
-    return Between(done, saved.latents.to(device), conditionings)
+    return Between(done, saved.latents.to(run.model.device), saved.conditionings)
 
 
 def prompts_of(resolved: ResolvedRequest) -> list[str]:
@@ -167,12 +166,13 @@ def encode_prompts(texts: Sequence[str], model: Model, template: str = "video") 
 
 
 def prepare_schedule(run: Run, prompts: Sequence[PromptStates]) -> list[Conditioning]:
-    """All modulation vectors and the refined text of every step, one Conditioning for each prompt."""
+    """All modulation vectors and the refined text of every step, one Conditioning for each prompt, on the host."""
     device = run.model.device
     timesteps = sampler.make_timesteps(run.sigmas).to(device)
     states = [(prompt.text.to(device), prompt.pooled.to(device)) for prompt in prompts]
     with run.model.modulation() as (dit, visit):
-        return dit.prepare_schedule(timesteps, run.resolved.guidance, states, run.model.attention, visit)
+        made = dit.prepare_schedule(timesteps, run.resolved.guidance, states, run.model.attention, visit)
+    return [each.moved(to_host) for each in made]
 
 
 def denoise(run: Run, clip: Between, saving: "Saving | None" = None) -> Generator[Event, None, None]:
@@ -194,7 +194,7 @@ def denoise(run: Run, clip: Between, saving: "Saving | None" = None) -> Generato
             # past the handler: an error holds the frames, and so the tensors, of the step that failed
             yield run.descend(leaner, f"step {clip.done + 1}")
     run.model.release(keep=run.plan.warm)
-    clip.conditionings = ()  # decode has better use for their memory
+    clip.conditionings = ()  # decode has better use for the host's memory
 
 
 def _steps(run: Run, clip: Between, saving: "Saving | None") -> Generator[Event, None, None]:
@@ -242,15 +242,16 @@ def _velocities(
         for block in blocks:
             yield BlockDone(step=step, steps=steps, block=block.index, blocks=dit.dims.blocks, waited_s=block.waited_s)
 
-    streams = [dit.embed(clip.latents, each.text[step]) for each in clip.conditionings]
+    conditionings = [each.at_step(step, clip.latents.device) for each in clip.conditionings]
+    streams = [dit.embed(clip.latents, each.text[0]) for each in conditionings]
     for index in range(dit.dims.blocks):
         with walk.visit(index):
-            for branch, conditioning in enumerate(clip.conditionings):
-                dit.run_block(index, streams[branch], conditioning.of_block(index)[step], work)
+            for branch, conditioning in enumerate(conditionings):
+                dit.run_block(index, streams[branch], conditioning.of_block(index)[0], work)
         yield from told(walk.finished())
     yield from told(walk.drain())
     shape, chunk = LatentShape(*clip.latents.shape[2:]), work.knobs.token_chunk
-    return [dit.head(streams.pop(0), each.final[step], shape, chunk) for each in clip.conditionings]
+    return [dit.head(streams.pop(0), each.final[0], shape, chunk) for each in conditionings]
 
 
 @dataclass(slots=True)

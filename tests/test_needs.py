@@ -63,7 +63,7 @@ def trace_step(dit: Dit, clip: Clip, knobs: Knobs, dtype: str) -> int:
         getattr(getattr(module, "scratch", None), "release", int)()  # what an earlier trace left there
     shape, knobs_of_model = clip.shape, Activations(token_chunk=knobs.token_chunk, head_groups=knobs.head_groups)
     with Trace() as trace:
-        every = [empty_conditioning(clip, DTYPES[dtype]) for _ in range(clip.prompts)]
+        every = [empty_conditioning(replace(clip, steps=1), DTYPES[dtype]) for _ in range(clip.prompts)]
         latents = torch.empty(1, DIMS.latent_channels, shape.frames, shape.height, shape.width, device="meta")
         work = dit.make_workspace(shape, clip.text_tokens, knobs_of_model, DTYPES[dtype])
         streams = [dit.embed(latents, each.text[0]) for each in every]
@@ -104,7 +104,7 @@ def test_a_step_in_other_formats(size: tuple[tuple[int, int], int], knobs: Knobs
 
 @pytest.mark.parametrize(("size", "goals"), [(HD, (3.8, 2.2, 1.8)), (SMALL, (2.3, 1.4, 1.2))])
 def test_activations_stay_below_the_goals(size: tuple[tuple[int, int], int], goals: tuple[float, ...]) -> None:
-    clip, bf16 = clip_of(*size), Product(weights="bf16", dtype="bf16")
+    clip, bf16 = clip_of(*size, steps=50), Product(weights="bf16", dtype="bf16")
     for goal, groups in zip(goals, (1, 4, 24), strict=True):
         knobs = Knobs(token_chunk=2048, head_groups=groups)
         assert denoise_activations(DIMS, clip, knobs, bf16) <= goal * GIB
@@ -120,7 +120,7 @@ def test_conditioning_is_what_the_model_makes() -> None:
     clip = Clip(shape=LatentShape(1, 2, 2), steps=50, prompts=2)
     made = empty_conditioning(clip, torch.bfloat16)
     nbytes = sum(tensor.nbytes for tensor in (made.double, made.single, made.final, made.text))
-    assert conditioning_bytes(DIMS, clip, ITEM_BYTES["bf16"]) == 2 * nbytes
+    assert conditioning_bytes(DIMS, clip, ITEM_BYTES["bf16"], clip.steps) == 2 * nbytes
     assert nbytes == pytest.approx((106 + 75) * 2**20, rel=0.01)
 
 

@@ -110,10 +110,10 @@ def _longest(tokens: int, chunk: int, shortest_tail: int) -> int:
 # The transformer.
 
 
-def conditioning_bytes(dims: DitDims, clip: Clip, item: int) -> int:
-    """model.dit.Conditioning: of every prompt, all vectors and the refined text of every step."""
+def conditioning_bytes(dims: DitDims, clip: Clip, item: int, steps: int) -> int:
+    """model.dit.Conditioning: of every prompt, all vectors and the refined text of so many steps."""
     vectors = dims.double_blocks * 2 * 6 + dims.single_blocks * 3 + 2
-    return clip.prompts * clip.steps * (vectors + clip.text_tokens) * dims.hidden * item
+    return clip.prompts * steps * (vectors + clip.text_tokens) * dims.hidden * item
 
 
 def latent_bytes(dims: DitDims, clip: Clip, item: int = FP32) -> int:
@@ -161,7 +161,7 @@ def block_scratch(dims: DitDims, clip: Clip, product: Product) -> int:
 
 
 def denoise_activations(dims: DitDims, clip: Clip, knobs: Knobs, product: Product) -> int:
-    """Of the line's steps: Dit.run_block, with the streams of all prompts side by side.
+    """Of the line's steps: Dit.run_block, with the streams of all prompts side by side, and one step's conditioning.
 
     Dit.embed and Dit.head hold less than a block: in place of its attention's output another stream, or nothing.
     """
@@ -170,7 +170,7 @@ def denoise_activations(dims: DitDims, clip: Clip, knobs: Knobs, product: Produc
     group = stream // knobs.head_groups
     chunk = max(longest_chunk(tokens, knobs.token_chunk) for tokens in (clip.shape.tokens, clip.tokens))
     always = (
-        conditioning_bytes(dims, clip, item)
+        conditioning_bytes(dims, clip, item, 1)
         + latent_bytes(dims, clip)
         + 3 * group  # q, k, v
         + 2 * clip.tokens * dims.head_dim // 2 * FP32  # cos, sin
@@ -227,7 +227,8 @@ def schedule_activations(dims: DitDims, clip: Clip, product: Product) -> int:
     texts = clip.prompts * clip.text_tokens * dims.text_width * item
     vectors = clip.prompts * clip.steps * hidden * item
     scratch = product.scratch(1, hidden, 6 * hidden)
-    return conditioning_bytes(dims, clip, item) + texts + vectors + max(scratch, refiner_bytes(dims, clip, item))
+    made = conditioning_bytes(dims, clip, item, clip.steps)
+    return made + texts + vectors + max(scratch, refiner_bytes(dims, clip, item))
 
 
 def refiner_bytes(dims: DitDims, clip: Clip, item: int) -> int:

@@ -21,6 +21,7 @@ from hvlite.memory.needs import (
     Knobs,
     Product,
     clip_bytes,
+    conditioning_bytes,
     denoise_activations,
     latent_bytes,
     rest_bytes,
@@ -228,7 +229,10 @@ def _schedule_activations(task: Task, choice: Choice) -> int:
 
 
 def _denoise_activations(task: Task, choice: Choice) -> int:
-    return denoise_activations(task.dims.dit, task.clip, choice.knobs, task.product)
+    """The conditioning of all steps waits on the host, which a CPU is itself."""
+    dims, clip, product = task.dims.dit, task.clip, task.product
+    waiting = conditioning_bytes(dims, clip, product.item, clip.steps) if task.kind == "cpu" else 0
+    return waiting + denoise_activations(dims, clip, choice.knobs, product)
 
 
 def _decode_activations(task: Task, choice: Choice) -> int:

@@ -12,7 +12,7 @@ Nothing here knows where weights come from or on which device they lie; paramete
 """
 
 # N video tokens  L text tokens  S = N + L  H heads  K head dim  D hidden  T steps
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -78,9 +78,13 @@ class Conditioning:
         double_blocks = self.double.shape[1]
         return self.double[:, index] if index < double_blocks else self.single[:, index - double_blocks]
 
-    def to(self, device: torch.device) -> "Conditioning":
-        """The same on another device."""
-        return Conditioning(*(getattr(self, each.name).to(device) for each in fields(self)))
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """What `move` makes of each of them."""
+        return Conditioning(*(move(getattr(self, each.name)) for each in fields(self)))
+
+    def at_step(self, step: int, device: torch.device) -> "Conditioning":
+        """A copy of one step's (T = 1) on `device`."""
+        return self.moved(lambda every: every[step, None].to(device, copy=True))
 
 
 @dataclass(frozen=True, slots=True)
