@@ -6,7 +6,7 @@ no other switch is held across a yield; an abandoned generator gives the device 
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +16,8 @@ from hvlite import profile as profiles
 from hvlite import sampler
 from hvlite.clip import choose_places, finish, finish_on_meta, made_so_far, with_tiles_of
 from hvlite.dims import LatentShape, latent_shape
-from hvlite.errors import DoesNotFit, RequestError
+from hvlite.errors import RequestError
 from hvlite.events import BlockDone, Chosen, Event, Loaded, Note, Parked, Preview, Saved, Stage, StepDone
-from hvlite.memory.plan import Plan
 from hvlite.memory.stages import Stage as StageName
 from hvlite.memory.streamer import Visited, Walk
 from hvlite.memory.trace import to_host
@@ -66,7 +65,7 @@ def generate(
     if resume is not None and saved is not None:
         saved.check(resume, resolved, model.dims, model.origin.fingerprint, model.profile.dtype)
     knobs = saved.progress.knobs if saved is not None and saved.progress is not None else None
-    run = Run(model, resolved, outputs, plan_for(model, resolved, outputs, saved))
+    run = Run(model, resolved, outputs, model.plan(resolved, wishes_of(outputs, saved)))
     differences = run.differences(knobs)
     run.bit_exact = not differences and (saved is None or saved.made.bit_exact)
     places = None if model.device.type == "meta" else choose_places(outputs, resolved, resume)
@@ -84,17 +83,6 @@ def generate(
             yield Parked(places.latents, clip.done, resolved.steps)
         else:
             yield from finish(run, clip.latents, places)
-
-
-def plan_for(model: Model, resolved: ResolvedRequest, outputs: Outputs, saved: Unfinished | None) -> Plan:
-    """How the clip is made, or made to its end: with the knobs that it began with, where they fit."""
-    wishes = wishes_of(outputs, saved)
-    try:
-        return model.plan(resolved, wishes)
-    except DoesNotFit:
-        if wishes.knobs is None:
-            raise
-        return model.plan(resolved, replace(wishes, knobs=None))
 
 
 def wishes_of(outputs: Outputs, saved: Unfinished | None) -> Wishes:

@@ -122,7 +122,10 @@ def fits_by_plan(profile: Profile, room: Room) -> Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What a user or an earlier run has chosen, over the profile. `stages`: those that are still to come."""
+    """What a user or an earlier run has chosen, over the profile.
+
+    `knobs` are those that a clip began with, to be kept where they fit; `stages` those that are still to come.
+    """
 
     tiles: AskedTiles = "auto"
     knobs: Knobs | None = None
@@ -138,7 +141,10 @@ def plan_clip(
         steps=resolved.steps,
         prompts=2 if resolved.uses_cfg else 1,
     )
-    return make_plan(_inputs(clip, profile, setting, room, wishes))
+    plan = make_plan(_inputs(clip, profile, setting, room, wishes))
+    if plan.fits or wishes.knobs is None:
+        return plan
+    return make_plan(_inputs(clip, profile, setting, room, replace(wishes, knobs=None)))
 
 
 def plan_text(prompts: int, profile: Profile, setting: Setting, room: Room | None = None) -> Plan:

@@ -11,7 +11,7 @@ from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import ProfileError
 from hvlite.memory.tiles import PUBLISHED_TILES
-from hvlite.planning import fits_by_plan, plan_clip, setting_of
+from hvlite.planning import Wishes, fits_by_plan, plan_clip, setting_of
 from hvlite.profile import (
     BUILT_IN,
     SETTINGS,
@@ -312,3 +312,16 @@ def test_a_profiles_decode_tile_is_kept_to() -> None:
         profile = load_profile("6g", memory_gib=3.9, decode_tile=tile)
         plan = plan_clip(resolved, profile, setting_of(HUNYUANVIDEO, profile, asked=True))
         assert (plan.tiles == PUBLISHED_TILES) is is_published
+
+
+def test_knobs_that_a_clip_began_with_are_kept_where_they_fit() -> None:
+    resolved = Request("any", size=(720, 1280), frames=129).resolve(HUNYUANVIDEO)
+    began = Wishes(knobs=Knobs(head_groups=1, token_chunk=512), stages=("denoise", "decode"))
+    found = []
+    for memory in (12.0, 4.0):  # one group of heads takes 3.6 GiB of activations alone
+        profile = load_profile("12g", memory_gib=memory, reserve_gib=0.5)
+        plan = plan_clip(resolved, profile, setting_of(HUNYUANVIDEO, profile, asked=True), wishes=began)
+        assert plan.fits
+        found.append((plan.token_chunk, plan.head_groups))
+    assert found[0] == (512, 1)
+    assert found[1][1] > 1

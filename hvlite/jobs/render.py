@@ -30,7 +30,7 @@ from hvlite.jobs.logs import logged_to
 from hvlite.jobs.opening import open_asked
 from hvlite.jobs.port import Port, Terminated
 from hvlite.jobs.wire import Ended, Holds, Kept, Packed, Planned, Render, spoken
-from hvlite.line import encode_prompts, generate, plan_for, prompts_of
+from hvlite.line import encode_prompts, generate, prompts_of, wishes_of
 from hvlite.memory.device import choose_device, forget_peak, held_bytes, tensor_bytes
 from hvlite.memory.geometry import parse_tiles
 from hvlite.model.text import PromptStates
@@ -122,7 +122,7 @@ class Renderer:
         resolved = order.request.resolve(model.dims)
         saved = self._saved(clip, model, resolved)
         tiles = parse_tiles(order.how.decode_tile or "auto")
-        plan = plan_for(model, resolved, Outputs(decode_tile=tiles), saved)
+        plan = model.plan(resolved, wishes_of(Outputs(decode_tile=tiles), saved))
         suffix = ".png" if resolved.frames == 1 else ".mp4"
         resumes = saved is not None
         self._port.say(Planned(resolved=resolved, predicted_bytes=plan.peak_bytes, suffix=suffix, resumes=resumes))
