@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -32,12 +32,13 @@ SHAPES = ((256, 256, 1), (192, 320, 5), (192, 336, 13), (320, 512, 9), (384, 640
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One shape; seconds of a step."""
+    """One shape; seconds of a step, and of the core that reads for it."""
 
     shape: tuple[int, int, int]
     resident: bool
     measured_s: float
     predicted_s: float
+    reader_s: float
 
     @property
     def error(self) -> float:
@@ -59,6 +60,7 @@ def measure(job: Job, rates: Rates) -> Iterator[Row]:
                 resident=resident,
                 measured_s=result.step_s,
                 predicted_s=result.predicted_s,
+                reader_s=result.reader_s,
             )
 
 
@@ -87,7 +89,7 @@ def main() -> None:
         # a plan is for the longest prompt
         job = Job(store=store, groups=folder, dtype=arguments.dtype, steps=arguments.steps, text_tokens=TEXT_TOKENS)
         for row in measure(job, rates):
-            rows.append({"shape": row.shape, "measured_s": row.measured_s, "predicted_s": row.predicted_s})
+            rows.append(asdict(row))
             where = "in memory" if row.resident else "from disk"
             clip = "x".join(str(each) for each in row.shape)
             print(f"| {clip} | {where} | {row.measured_s:.2f} | {row.predicted_s:.2f} | {row.error:+.1%} |", flush=True)

@@ -127,7 +127,7 @@ def run_hvlite(job: Job, resident: bool, rates: Rates | None = None) -> Result:
         reads = [] if resident else store.reads[blocks:]
         return Result(
             step_s=statistics.median(seconds[1:]),
-            predicted_s=predict(plan, rates, cores=os.cpu_count() or 1).step.seconds if rates else 0.0,
+            predicted_s=predict(plan, rates).step.seconds if rates else 0.0,
             waited_s=statistics.median(waited[1:-1]),
             reader_s=sum(read.cpu_s for read in reads) / job.steps,
             read_bytes=sum(read.nbytes for read in reads) / job.steps,

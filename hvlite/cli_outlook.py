@@ -1,6 +1,5 @@
 """What flags, or a job, mean for a plan: profile, model, machine, its speed. And the outlook of many clips at once."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -142,7 +141,7 @@ def outlooks(requests: Sequence[Request], how: How) -> list[Outlook]:
 
     def look(resolved: ResolvedRequest) -> Outlook:
         plan = plan_clip(resolved, profile, setting, room, wishes)
-        predicted = predict(plan, rates, cores=os.cpu_count() or 1) if rates is not None and plan.fits else None
+        predicted = predict(plan, rates) if rates is not None and plan.fits else None
         seconds = None if predicted is None else predicted.clip_s
         return Outlook(clip=clip_text(resolved), plan=plan, steps=resolved.steps, seconds=seconds)
 

@@ -1,6 +1,5 @@
 """`hvlite plan`: what a clip will take, stage by stage, before anything is loaded. See `cli` for the contract."""
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +104,7 @@ def show_plan(shown: Shown, *, as_json: bool) -> int:
     """Make the plan, print it, and say by the exit code whether it fits and agrees with its trace."""
     plan = plan_clip(shown.resolved, shown.profile, shown.setting, shown.room, shown.wishes)
     can_predict = shown.rates is not None and plan.fits
-    predicted = predict(plan, shown.rates, cores=os.cpu_count() or 1) if can_predict and shown.rates else None
+    predicted = predict(plan, shown.rates) if can_predict and shown.rates else None
     if as_json:
         print_json(_as_json(plan, shown.profile, shown.resolved, shown.traced, predicted))
     else:

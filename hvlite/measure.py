@@ -1,10 +1,11 @@
 """How fast this machine is at what a render does: products and attention at the published widths, elementwise work,
 dequantising, copies, the disk.
 
-The operations are the transformer's own. Each figure is the best of several tries, some of them a while later, so that
-another process's work counts as little as it can; a busy machine is still measured too low.
+The operations are the transformer's own. Each figure is the median of several rounds, a while apart, since a step takes
+longer than any burst of speed; a busy machine is measured too low.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,9 +67,9 @@ def measure_rates(device: torch.device, folder: Path, effort: Effort, tell: Call
         tell(f"computing in {name}")
         rounds = range(effort.rounds)
         compute[name] = Compute(
-            matmul=_best([_products(device, dtype, effort) for _ in rounds]),
-            attention=_best([_attention(device, dtype, effort) for _ in rounds]),
-            elementwise=_best([_elementwise(device, dtype, effort) for _ in rounds]),
+            matmul=_median([_products(device, dtype, effort) for _ in rounds]),
+            attention=_median([_attention(device, dtype, effort) for _ in rounds]),
+            elementwise=_median([_elementwise(device, dtype, effort) for _ in rounds]),
         )
     tell("quantised weights")
     dequantise = {name: _dequantised(device, name, effort) for name in FORMATS if name != DYNAMIC}
@@ -102,10 +103,10 @@ def _others_seconds() -> float:
     return cpu_seconds() - time.process_time()
 
 
-def _best(curves: list[Curve]) -> Curve:
-    """The highest rate of each point."""
+def _median(curves: list[Curve]) -> Curve:
+    """The middle rate of each point."""
     rounds = zip(*(each.points for each in curves), strict=True)
-    return Curve(tuple(max(points, key=lambda point: point[1]) for points in rounds))
+    return Curve(tuple((points[0][0], statistics.median(rate for _, rate in points)) for points in rounds))
 
 
 def _products(device: torch.device, dtype: torch.dtype, effort: Effort) -> Curve:
@@ -123,17 +124,18 @@ def _products(device: torch.device, dtype: torch.dtype, effort: Effort) -> Curve
     points = []
     for tokens in effort.matmul_tokens:
         x = _random(device, dtype, tokens, hidden)
-        points.append((tokens, flops * tokens / _fastest(partial(multiply, x), device, effort)))
+        points.append((tokens, flops * tokens / _seconds(partial(multiply, x), device, effort)))
     return Curve(tuple(points))
 
 
 def _attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> Curve:
-    """FLOP/s of the back end that a render would use, with what it copies."""
+    """FLOP/s of the back end that a render would use, with what it copies; the heads are some of those side by side."""
     backend = choose_attention(device.type, None, dtype)
     points = []
     for tokens, heads in effort.attention_tokens:
-        q, k, v = (_random(device, dtype, tokens, heads, HEAD_DIM) for _ in range(3))
-        seconds = _fastest(partial(attention, q, k, v, backend), device, effort)
+        every = (_random(device, dtype, tokens, effort.hidden // HEAD_DIM, HEAD_DIM) for _ in range(3))
+        q, k, v = (each[:, :heads] for each in every)
+        seconds = _seconds(partial(attention, q, k, v, backend), device, effort)
         points.append((tokens, 4 * tokens**2 * heads * HEAD_DIM / seconds))
     return Curve(tuple(points))
 
@@ -143,7 +145,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype, effort: Effort) -> Cu
     points = []
     for tokens in effort.elementwise_tokens:
         work = _Elementwise(device, dtype, tokens, effort.hidden)
-        seconds = _fastest(work.run, device, effort)
+        seconds = _seconds(work.run, device, effort)
         points.append((tokens, ELEMENTWISE_BYTES * tokens * effort.hidden / seconds))
     return Curve(tuple(points))
 
@@ -176,7 +178,7 @@ class _Elementwise:
 def _dequantised(device: torch.device, weights: str, effort: Effort) -> float:
     """Weights/s that come out of a format."""
     linear = _quantised_linear(device, weights, effort.hidden)
-    return linear.in_features * linear.out_features / _fastest(linear.dequantise, device, effort)
+    return linear.in_features * linear.out_features / _seconds(linear.dequantise, device, effort)
 
 
 def _int8_products(device: torch.device, effort: Effort) -> Curve:
@@ -185,7 +187,7 @@ def _int8_products(device: torch.device, effort: Effort) -> Curve:
     points = []
     for tokens in effort.matmul_tokens[-2:]:
         x = _random(device, torch.bfloat16, tokens, effort.hidden)
-        seconds = _fastest(partial(linear, x), device, effort)
+        seconds = _seconds(partial(linear, x), device, effort)
         points.append((tokens, 2 * tokens * linear.in_features * linear.out_features / seconds))
     return Curve(tuple(points))
 
@@ -207,26 +209,26 @@ def _host_copy(effort: Effort) -> float:
     def copy() -> None:
         memoryview(target)[:] = memoryview(source)
 
-    return effort.copy_bytes / _fastest(copy, torch.device("cpu"), effort)
+    return effort.copy_bytes / _seconds(copy, torch.device("cpu"), effort)
 
 
 def _upload(device: torch.device, effort: Effort) -> float:
     """Bytes/s from pinned memory to the card."""
     source = torch.empty(effort.copy_bytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
-    return effort.copy_bytes / _fastest(partial(target.copy_, source), device, effort)
+    return effort.copy_bytes / _seconds(partial(target.copy_, source), device, effort)
 
 
 def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=device, dtype=dtype)
 
 
-def _fastest(act: Callable[[], object], device: torch.device, effort: Effort) -> float:
-    """The best of at least two calls; the first one may wait for imports."""
+def _seconds(act: Callable[[], object], device: torch.device, effort: Effort) -> float:
+    """The median of some calls, but for the first one, which may wait for imports."""
     times: list[float] = []
-    while len(times) < 2 or sum(times) < effort.seconds_each:
+    while len(times) < 3 or sum(times) < effort.seconds_each:
         began = time.perf_counter()
         act()
         wait_for(device)
         times.append(time.perf_counter() - began)
-    return min(times)
+    return statistics.median(times[1:])

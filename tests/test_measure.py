@@ -9,7 +9,7 @@ import torch
 
 from hvlite import measure
 from hvlite.measure import ON_CPU, ON_CUDA, Effort, made_by, measure_rates
-from hvlite.memory.rates import BlockWork, Rates, block_seconds, load_rates, save_rates
+from hvlite.memory.rates import BlockWork, Curve, Rates, block_seconds, load_rates, save_rates
 
 TINY = Effort(
     matmul_tokens=(1, 64),
@@ -67,15 +67,20 @@ def test_a_block_can_be_priced_in_every_format(rates: Rates) -> None:
         assert block_seconds(rates, replace(work, weights=weights)) > 0
 
 
-def test_the_best_of_several_tries_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0])
+def test_the_middle_of_several_tries_counts_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 50.0, 60.0, 62.0, 70.0, 73.0, 80.0, 89.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert measure._fastest(lambda: None, CPU, replace(TINY, seconds_each=9.5)) == 2.0
+    assert measure._seconds(lambda: None, CPU, replace(TINY, seconds_each=56.0)) == 3.0
+
+
+def test_the_middle_of_the_rounds_counts() -> None:
+    rounds = [Curve(((1, rate), (64, 2 * rate))) for rate in (3.0, 9.0, 5.0)]
+    assert measure._median(rounds) == Curve(((1, 5.0), (64, 10.0)))
 
 
 def test_products_count_every_multiplication(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that gives each try one second, the rate is the count itself."""
-    monkeypatch.setattr(measure, "_fastest", lambda act, device, effort: 1.0)
+    monkeypatch.setattr(measure, "_seconds", lambda act, device, effort: 1.0)
     with torch.no_grad():
         (_, one), (_, many) = measure._products(CPU, torch.float32, TINY).points
         ((tokens, attention),) = measure._attention(CPU, torch.float32, TINY).points

@@ -129,15 +129,16 @@ class Prediction:
         return self.text_s + self.schedule_s + self.steps_s
 
 
-def predict(plan: Plan, rates: Rates, *, cores: int = 1) -> Prediction:
+def predict(plan: Plan, rates: Rates) -> Prediction:
     """What `rates` make of a plan; a way whose rate is not known is taken to cost nothing.
 
-    `cores` share the work of reading where the host computes itself.
+    Where the host computes itself, the seconds of a core that reading takes are added to its computing: a product is
+    shared out evenly over all cores, so that the others wait for the one that reads as well.
     """
     task = plan.inputs.task
     copy = None if task.kind == "cpu" else rates.host_to_device or inf
     ways = Ways(disk=rates.disk_read or inf, copy=copy)
-    reading = rates.disk_cpu / cores if task.kind == "cpu" else 0.0  # seconds of computing that a byte costs
+    reading = rates.disk_cpu if task.kind == "cpu" else 0.0
     steps = walk(_block_work(plan, rates, reading), max(2, task.clip.steps), ways)
     return Prediction(
         step=steps[-1],
