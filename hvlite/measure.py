@@ -78,7 +78,7 @@ def measure_rates(device: torch.device, folder: Path, effort: Effort, tell: Call
     give_back(device)
     tell("memory and disk")
     disks = [measure_disk(folder, effort.disk_bytes) for _ in range(effort.rounds)]
-    disk = max(disks, key=lambda each: (each.is_cold, each.bytes_per_second))
+    cold = [each for each in disks if each.is_cold]
     return Rates(
         made_by=made_by(device),
         compute=compute,
@@ -86,8 +86,8 @@ def measure_rates(device: torch.device, folder: Path, effort: Effort, tell: Call
         int8_matmul=int8_matmul,
         host_copy=_host_copy(effort),
         host_to_device=_upload(device, effort) if device.type == "cuda" else None,
-        disk_read=disk.bytes_per_second if disk.is_cold else None,
-        disk_cpu=disk.cpu_seconds / disk.read_bytes,
+        disk_read=statistics.median(each.bytes_per_second for each in cold) if cold else None,
+        disk_cpu=statistics.median(each.cpu_seconds / each.read_bytes for each in cold or disks),
         others_cores=max(0.0, others),
     )
 
