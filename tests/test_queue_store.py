@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import RequestError
 from hvlite.jobs.job import ENDED, OPEN, UNREADABLE, How, NewJob, Outcome, Place, Spot
 from hvlite.jobs.store import Store, open_store, ordering
@@ -86,6 +87,45 @@ def test_pages_follow_the_states_and_positions_count_on(store: Store, clock: Clo
     assert [job.id for job in store.page((*OPEN, *ENDED), limit=3, offset=2)] == [ids[5], second, third]
     assert store.page(OPEN, limit=5, offset=9) == []
     assert store.job(ids[5]).position == 3
+
+
+def test_a_search_looks_at_what_is_shown_in_the_order_of_pages(store: Store) -> None:
+    ids = fill(store, 12)
+    how = How(model="shapes", profile="24g")
+    ids += store.add(
+        [
+            new_job(
+                "a GR\N{LATIN CAPITAL LETTER U WITH DIAERESIS}N fox",
+                size=(64, 96),
+                frames=17,
+                seed=4711,
+                how=how,
+                stop_after=2,
+            )
+        ]
+    )
+    run(store)
+    claims = store.claims("worker", "cpu", {None})
+    running = claims.claim()
+    assert running is not None
+    assert running.request is not None
+    claims.record_plan(running.id, running.request.resolve(HUNYUANVIDEO), 1)
+    states = (*OPEN, *ENDED)
+    assert store.search(states, "", limit=99) == ([job.id for job in store.page(states)], store.page(states))
+    for words in (
+        "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n FOX",
+        "#13 queued",
+        "64x96x17",
+        "seed4711 24g",
+        "shapes draft",
+    ):
+        assert store.search(states, words)[0] == [ids[12]], words
+    assert store.search(states, "auto default clip")[0] == [*ids[2:12], ids[0]]
+    assert store.search(states, "running 720x1280x129")[0] == [running.id]
+    assert store.search(("done",), "clip")[0] == [ids[0]]
+    assert store.search(states, "clip fox") == ([], [])
+    found, jobs = store.search(states, "queued clip", limit=2, offset=3)
+    assert (found, jobs) == (ids[2:12], [store.job(ids[5]), store.job(ids[6])])
 
 
 def test_numbers_are_found_in_ranges(store: Store) -> None:
@@ -371,6 +411,9 @@ def test_a_row_of_another_version_is_kept_and_shown_as_failed(store: Store, path
     assert "weights" in str(shown[2].error)
     assert shown[1].prompt == "{"
     refusal(lambda: store.duplicate([ids[0]]), "job 1 cannot be read", "audio", kind=RequestError)
+    assert store.search(("queued",), "#2 {")[0] == [ids[1]]
+    assert store.search(("queued",), "\\xff")[0] == [ids[3]]
+    assert store.search(("queued",), "", limit=9) == (ids, shown)
     assert store.counts()["queued"] == 5  # looking has changed nothing
     job = store.claims("worker", "cpu", {None}).claim()
     assert job is not None

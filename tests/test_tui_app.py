@@ -7,6 +7,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from textual.command import CommandPalette
@@ -18,8 +19,9 @@ from hvlite.jobs.store import open_store
 from hvlite.tui import workers
 from hvlite.tui.actions import ACTIONS, NAMES, actions_of, keymap
 from hvlite.tui.app import THEMES, HvliteApp, tui
-from hvlite.tui.desk import Wanted, haystack, look
+from hvlite.tui.desk import Wanted, look
 from hvlite.tui.dialogs import Reading
+from hvlite.tui.ends import farewell
 from hvlite.tui.job_table import JobTable
 from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
 from tests.queue_hands import new_job
@@ -216,6 +218,44 @@ def test_a_crash_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tui() == 1
 
 
+def test_what_goes_on_when_the_window_is_closed_is_known() -> None:
+    queue("apple", "banana")
+    with open_store() as store:
+        view = look(store, Wanted(), NOW)
+        store.pause()
+        paused = look(store, Wanted(), NOW)
+        store.clear()
+        empty = look(store, Wanted(), NOW)
+    assert farewell(view, {4711}) == (
+        "the worker (process 4711) goes on; hvlite tui looks again, hvlite queue ls --watch too"
+    )
+    assert farewell(view, []) == "2 jobs wait and no worker runs: hvlite work"
+    assert farewell(paused, []) == "2 jobs wait and the queue is paused: hvlite queue resume, then hvlite work"
+    assert farewell(empty, []) is None
+    assert farewell(None, []) is None
+
+
+def test_the_farewell_comes_when_the_screen_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue("apple")
+
+    def shown(app: HvliteApp) -> None:
+        with open_store() as store:
+            app.view = look(store, Wanted(), NOW)
+        sys.stdout.write("the screen\n")
+
+    monkeypatch.setattr(HvliteApp, "run", shown)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert tui() == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("the screen\n", "1 job waits and no worker runs: hvlite work\n")
+    monkeypatch.setattr(workers, "held_locks", lambda: {"cpu": 4711})
+    assert tui() == 0
+    assert capsys.readouterr().err.startswith("the worker (process 4711) goes on;")
+
+
 @pytest.mark.asyncio
 async def test_tabs_can_be_clicked() -> None:
     async with opened() as hands:
@@ -324,6 +364,17 @@ async def test_a_worker_that_is_gone_or_silent_is_noticed(monkeypatch: pytest.Mo
 
 
 @pytest.mark.asyncio
+async def test_a_jump_leaves_what_stands_beside_the_list_until_its_row_is_read() -> None:
+    added([new_job(f"number {index}", seed=index) for index in range(400)])
+    async with opened() as hands:
+        table = hands.app.front.query_one(JobTable)
+        with mock.patch.object(table, "post_message", wraps=table.post_message) as posted:
+            await hands.press("G")
+        told = [call.args[0] for call in posted.call_args_list]
+        assert {each.job and each.job.prompt for each in told if isinstance(each, JobTable.Chosen)} == {"number 399"}
+
+
+@pytest.mark.asyncio
 async def test_ten_thousand_jobs_are_as_quick_as_ten() -> None:
     added([new_job(f"number {index}", seed=index) for index in range(10_000)])
     async with opened() as hands:
@@ -343,7 +394,19 @@ def test_a_look_reads_a_page_and_finds_the_followed_job_wherever_it_is() -> None
         assert (len(view.jobs), view.total, view.followed) == (150, 400, 350)
         found = look(store, Wanted(words="number odd", follow=ids[41]), NOW)
         assert (len(found.jobs), found.total, found.followed) == (150, 200, 20)
-        assert "seed0" in haystack(view.jobs[0])
+        assert found.jobs == [store.job(job) for job in ids[1:301:2]]
+
+
+def test_moving_about_reads_rows_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    added([new_job(f"number {index}") for index in range(400)])
+    with open_store() as store:
+        first = look(store, Wanted(), NOW)
+        monkeypatch.setattr(store, "counts", None)
+        with mock.patch.object(store, "page", wraps=store.page) as page:
+            last = look(store, Wanted(start=250), NOW, first)
+        assert [call.kwargs for call in page.call_args_list] == [{"limit": 150, "offset": 250}]
+        assert [job.prompt for job in last.jobs] == [f"number {index}" for index in range(250, 400)]
+        assert (last.counts, last.ends, last.running) == (first.counts, first.ends, first.running)
 
 
 def test_the_kernels_list_of_locks_is_read(tmp_path: Path) -> None:

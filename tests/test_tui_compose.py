@@ -1,16 +1,18 @@
 """The composer: from typing to jobs in the queue."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from textual.widgets import Input, TextArea
 
 from hvlite import paths
+from hvlite.errors import QueueError
 from hvlite.jobs.job import How
 from hvlite.tui.compose_screen import ComposeScreen
 from hvlite.tui.dialogs import Reading
 from hvlite.tui.settings import Memory, read_memory
-from tests.tui_hands import NOW, Hands, end, jobs, opened, prompts, queue, run_next
+from tests.tui_hands import NOW, Hands, end, jobs, opened, prompts, queue, run_next, store_of
 
 pytestmark = pytest.mark.asyncio
 
@@ -249,6 +251,22 @@ async def test_settings_are_kept_under_a_name_taken_and_dropped() -> None:
         assert screen_of(hands).form() == {"size": "64x64", "steps": "8"}
         await hands.press("ctrl+t", "delete")
         assert read_memory().templates == {}
+
+
+async def test_a_damaged_queue_takes_nothing_away_from_what_was_written() -> None:
+    queue("banana")
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="an apple", steps="8")
+        store = store_of(hands.app)
+        with mock.patch.object(store, "add", side_effect=QueueError("queue.db is damaged: stop the worker")):
+            await hands.press("ctrl+s")
+        assert "queue.db is damaged" in hands.told()
+        assert hands.app.current_mode == "compose"
+        assert (screen_of(hands).prompt.text, screen_of(hands).form()) == ("an apple", {"steps": "8"})
+        assert read_memory().prompts == ()
+        await hands.press("ctrl+s")
+        assert prompts("queued") == ["banana", "an apple"]
 
 
 async def test_what_is_written_stays_while_one_looks_at_the_queue() -> None:

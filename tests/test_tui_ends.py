@@ -11,6 +11,7 @@ from hvlite import paths
 from hvlite.errors import ProfileError
 from hvlite.tui.ends import desktop_note
 from hvlite.tui.graphics import beside, widget_for
+from hvlite.tui.job_table import JobTable
 from hvlite.tui.pictures import UPPER_HALF
 from hvlite.tui.settings import TuiSettings
 from hvlite.video.png import png_bytes
@@ -113,8 +114,10 @@ async def test_without_colour_states_and_the_cursor_are_still_told_apart(monkeyp
     queue("banana")
     async with opened() as hands:
         lines = hands.app.screen._compositor.render_strips()
-        rows = [line for line in lines if "queued" in line.text or "done" in line.text]
-        assert len({segment.style.bgcolor for row in rows for segment in row if segment.style}) > 1
+        table = hands.app.front.query_one(JobTable)
+        at_cursor, below = table.render_line(1), table.render_line(2)
+        assert all(segment.style and segment.style.reverse for segment in at_cursor)
+        assert not any(segment.style and segment.style.reverse for segment in below)
         for line in lines:
             for segment in line:
                 for colour in (segment.style.color, segment.style.bgcolor) if segment.style else ():

@@ -1,8 +1,11 @@
 """The gallery: finished clips with frames, and what is done with them."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import pytest
@@ -73,6 +76,33 @@ def test_readers_of_frames_may_meet_and_a_file_may_go(tmp_path: Path) -> None:
         assert all(len(frames) == 1 for frames in pool.map(screen._frames_of, clips * 3))
     assert len(screen._seen) == KEPT
     assert screen._frames_of(replace(clips[0], output=tmp_path / "gone.png")) == []
+
+
+class Meeting(dict[tuple[Path, float], list[Frame]]):
+    """Knows whether two threads have looked for the oldest frames at the same time."""
+
+    met = False
+    barrier = Barrier(2)
+
+    def __iter__(self) -> Iterator[tuple[Path, float]]:
+        with suppress(BrokenBarrierError):  # nobody came: it stays broken
+            self.barrier.wait(0.2)
+            self.met = True
+        return super().__iter__()
+
+
+def test_two_readers_drop_the_oldest_frames_one_after_the_other(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png_bytes(plain(RED), {}))
+    found = [done("apple", output=tmp_path / name) for name in ("a.png", "b.png")]
+    with open_store() as store:
+        clips = [store.job(job) for job in found]
+    screen = GalleryScreen(id="gallery")
+    kept = Meeting({(tmp_path / f"{index}.png", 0.0): [plain(BLUE)] for index in range(KEPT)})
+    screen._seen = kept
+    with ThreadPoolExecutor(2) as pool:
+        assert [len(frames) for frames in pool.map(screen._frames_of, clips)] == [1, 1]
+    assert (kept.met, len(kept)) == (False, KEPT)
 
 
 @pytest.mark.asyncio

@@ -2,10 +2,12 @@
 
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 
 from hvlite import paths
@@ -14,6 +16,7 @@ from hvlite.jobs.store import open_store
 from hvlite.tui import workers
 from hvlite.tui.dialogs import Question, Reading
 from hvlite.tui.job_table import JobTable
+from hvlite.tui.outside import play
 from tests.tui_hands import NOW, done, end, jobs, opened, prompts, queue, run_next
 
 pytestmark = pytest.mark.asyncio
@@ -214,6 +217,29 @@ async def test_the_footer_has_the_keys_of_the_moment() -> None:
         await hands.until_shown("r retry")
 
 
+async def test_a_narrow_footer_has_the_worker_the_pause_and_the_help_at_any_moment() -> None:
+    queue("apple", "banana")
+    run_next()
+    async with opened((80, 24)) as hands:
+        for key in ("up", "j", "space", "3"):
+            await hands.press(key)
+            footer = hands.screen_text().splitlines()[-1]
+            assert [word for word in ("p pause", "W worker", "? help") if word not in footer] == []
+
+
+async def test_a_player_that_ends_leaves_no_zombie(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"frames")
+    ran = tmp_path / "ran"
+    before = psutil.Process().children()
+    assert play(clip, f"touch {ran}") is None
+    for thread in threading.enumerate():
+        if thread.name.startswith("reap-"):
+            thread.join()
+    assert psutil.Process().children() == before
+    assert ran.exists()
+
+
 async def test_details_log_and_the_commands_that_do_the_same() -> None:
     queue("it's an apple", size=(64, 64), seed=7)
     paths.logs_folder().mkdir()
@@ -234,7 +260,12 @@ async def test_a_file_is_copied_and_opened_where_there_is_one(tmp_path: Path, mo
     queue("banana")
     done("apple", output=clip)
     played: list[list[str]] = []
-    monkeypatch.setattr("subprocess.Popen", lambda command, **_: played.append(command))
+
+    def start(command: list[str], **_: object) -> mock.Mock:
+        played.append(command)
+        return mock.Mock()
+
+    monkeypatch.setattr("subprocess.Popen", start)
     monkeypatch.delenv("DISPLAY", raising=False)
     async with opened() as hands:
         await hands.press("y")

@@ -1,5 +1,6 @@
 """How the screens look, as pictures that are kept: fixed jobs, clock, machine. `--snapshot-update` makes new ones."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,6 @@ from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.jobs.store import open_store
 from hvlite.tui import workers
-from hvlite.tui.device_strip import DeviceStrip
 from hvlite.video.mp4 import write_mp4
 from hvlite.video.png import png_bytes
 from tests.test_tui_device import COUNTED, MACHINE
@@ -78,8 +78,9 @@ async def picture(hands: Hands) -> str:
     for strip in hands.app.front.query("#device-minute"):
         strip.display = False  # as many bars as probes so far
     await hands.settle()
-    for device in hands.app.front.query(DeviceStrip):
-        device.on_resize()  # for the widths as they are now, whether or not a probe came since
+    for _ in range(100):
+        if any(screen._layout_required or screen._dirty_widgets for screen in hands.app.screen_stack):
+            await asyncio.sleep(0.01)
     await hands.settle()
     return hands.app.export_screenshot(simplify=True)
 

@@ -40,9 +40,18 @@ ACTIONS = (
     Action("app.compose", "2", "compose", "write a prompt", "hvlite queue add PROMPT"),
     Action("app.gallery", "3", "gallery", "finished clips", "hvlite queue ls --state done"),
     Action("app.undo", "u", "undo", "take back the last change to the queue", "hvlite queue undo"),
-    Action("app.pause", "p", "pause", "start nothing after the running job; again: go on", "hvlite queue pause"),
+    Action(
+        "app.pause", "p", "pause", "start nothing after the running job; again: go on", "hvlite queue pause", shown=True
+    ),
     Action("app.pause_now", "P", "pause now", "stop the running job too, it goes on later", "hvlite queue pause --now"),
-    Action("app.worker", "W", "worker", "start the worker; if one is there: have it save and end", "hvlite work"),
+    Action(
+        "app.worker",
+        "W",
+        "worker",
+        "start the worker; if one is there: have it save and end",
+        "hvlite work",
+        shown=True,
+    ),
     Action("app.theme", "t", "theme", "the next theme: dark, light, your terminal's colours"),
     Action("app.palette", "colon,ctrl+p", "commands", "find an action by its name"),
     Action("app.help", "question_mark", "help", "the keys of this screen", "hvlite --help", shown=True),

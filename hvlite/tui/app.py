@@ -65,6 +65,7 @@ class HvliteApp(App[None]):
         self.undone_work = 0
         self.looks = self.probes = 0
         self.held: dict[str, int] = {}
+        self.started: list[Popen[bytes]] = []
         self._pulse = workers.Pulse()
         self._stale = asyncio.Event()
         for name in ("queue", "compose", "gallery"):
@@ -312,10 +313,16 @@ class HvliteApp(App[None]):
 
         def watched(done: tuple[Popen[bytes], str]) -> None:
             process, lifted = done
+            outside.reap(process)
+            self.started.append(process)
             self.tell(f"started a worker; what it says is in {workers.worker_log()}{lifted}")
             self.run_worker(self._watch(process), group="watch")
 
         self.act(started, watched)
+
+    def at_work(self) -> set[int]:
+        """The workers' processes, one that was started a moment ago among them."""
+        return {*workers.held_locks().values(), *(each.pid for each in self.started if each.poll() is None)}
 
     async def _watch(self, process: Popen[bytes]) -> None:
         """Tell why a worker has ended that was started here; it outlives this window all the same."""
@@ -383,4 +390,7 @@ def tui() -> int:
     settings = read_settings()
     app = HvliteApp(settings, read_memory(), Surroundings(graphic=widget_for(settings.pictures)))
     app.run()
+    said = ends.farewell(app.view, app.at_work())
+    if said is not None:
+        sys.stderr.write(f"{said}\n")
     return app.return_code or 0

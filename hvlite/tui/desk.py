@@ -13,15 +13,12 @@ from typing import TypeVar
 from hvlite.errors import QueueError, RequestError
 from hvlite.jobs.job import ENDED, OPEN, Job, Settings, State
 from hvlite.jobs.store import Store, open_store
-from hvlite.tui import words
 
 T = TypeVar("T")
 
 ALL: tuple[State, ...] = OPEN + ENDED
 # Rows that one look reads for a table: more than any screen shows, so that a key press finds its row there.
 PAGE = 150
-# Jobs that a filter reads at a time.
-CHUNK = 500
 # Waiting jobs that the forecast looks at, and done ones that it learns from.
 FORECAST = 300
 # So old a forecast may be: the clock goes on where nothing happens.
@@ -52,9 +49,9 @@ class View:
     counts: Mapping[State, int]
     settings: Settings
     running: Sequence[Job]
-    total: int
-    start: int
-    jobs: Sequence[Job]
+    total: int = 0
+    start: int = 0
+    jobs: Sequence[Job] = ()
     followed: int | None = None
     gone: frozenset[int] = frozenset()
     ends: Mapping[int, float | None] = field(default_factory=dict)
@@ -70,7 +67,8 @@ class Desk:
         self.notes: list[str] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="queue")
         self._store: Store | None = None
-        self._seen: tuple[object, ...] | None = None
+        self._view: View | None = None
+        self._state: tuple[object, ...] = ()
         self._deeds = 0
 
     async def call(self, deed: Callable[[Store], T]) -> T:
@@ -83,7 +81,7 @@ class Desk:
 
     def forget(self) -> None:
         """The next look answers in any case."""
-        self._seen = None
+        self._view = None
 
     def close(self) -> None:
         self._pool.submit(self._close)
@@ -102,12 +100,12 @@ class Desk:
 
     def _looked(self, wanted: Wanted) -> View | None:
         store = self._opened()
-        seen = (store.data_version(), self._deeds, wanted, int(self.clock() / FORECAST_SECONDS))
-        if seen == self._seen:
+        state = (store.data_version(), self._deeds, int(self.clock() / FORECAST_SECONDS))
+        before = self._view if state == self._state else None
+        if before is not None and before.wanted == wanted:
             return None
-        view = look(store, wanted, self.clock())
-        self._seen = seen
-        return view
+        self._view, self._state = look(store, wanted, self.clock(), before), state
+        return self._view
 
     def _opened(self) -> Store:
         if self._store is None:
@@ -121,50 +119,26 @@ class Desk:
             self._store = None
 
 
-def look(store: Store, wanted: Wanted, now: float) -> View:
-    """Read what is wanted."""
-    counts = store.counts()
-    running = store.page(("running",))
+def look(store: Store, wanted: Wanted, now: float, before: View | None = None) -> View:
+    """Read what is wanted. `before` is a view of the same jobs through another window, whose totals still hold."""
+    totals = before or _totals(store, wanted, now)
     if wanted.words:
-        found = matching(store, wanted)
-        start, total = wanted.start, len(found)
-        jobs: Sequence[Job] = found[start : start + PAGE]
+        ids, jobs = store.search(wanted.states, wanted.words, limit=PAGE, offset=wanted.start)
+        start, total = wanted.start, len(ids)
     else:
-        total = sum(counts[state] for state in wanted.states)
+        total = sum(totals.counts[state] for state in wanted.states)
         start = min(wanted.start, max(0, total - 1))
         jobs = store.page(wanted.states, limit=PAGE, offset=start)
-    view = View(
+    return replace(
+        totals,
         wanted=wanted,
         at=now,
-        counts=counts,
-        settings=store.settings(),
-        running=running,
         total=total,
         start=start,
         jobs=jobs,
-        followed=_followed(store, wanted, counts, start, jobs),
+        followed=_followed(store, wanted, totals.counts, start, jobs),
         gone=_gone(store, wanted.marked),
     )
-    return _with_forecast(store, view, now)
-
-
-def matching(store: Store, wanted: Wanted) -> list[Job]:
-    """Every job that has all the words."""
-    needles = wanted.words.lower().split()
-    found: list[Job] = []
-    offset = 0
-    while chunk := store.page(wanted.states, limit=CHUNK, offset=offset):
-        found += [job for job in chunk if all(needle in haystack(job) for needle in needles)]
-        offset += len(chunk)
-    return found
-
-
-def haystack(job: Job) -> str:
-    """What a filter looks at."""
-    seed = "" if job.request is None else f"seed{job.request.seed}"
-    profile, model = (None, None) if job.how is None else (job.how.profile, job.how.model)
-    draft = "draft" if job.stop_after else ""
-    return f"#{job.id} {job.state} {job.prompt} {words.shape_text(job)} {seed} {profile} {model} {draft}".lower()
 
 
 def _followed(store: Store, wanted: Wanted, counts: Mapping[State, int], start: int, jobs: Sequence[Job]) -> int | None:
@@ -191,10 +165,13 @@ def _gone(store: Store, marked: frozenset[int]) -> frozenset[int]:
         return marked
 
 
-def _with_forecast(store: Store, view: View, now: float) -> View:
-    """When each job ends, as far as the done ones tell."""
+def _totals(store: Store, wanted: Wanted, now: float) -> View:
+    """How the queue stands, and when each job ends, as far as the done ones tell; no rows yet."""
     from hvlite.jobs.eta import History, finish_times, queue_end
 
+    view = View(
+        wanted=wanted, at=now, counts=store.counts(), settings=store.settings(), running=store.page(("running",))
+    )
     if not view.counts["queued"] and not view.running:
         return view
     history = History(store.page(("done",), limit=LEARN_FROM))

@@ -62,21 +62,29 @@ def _family(pid: int) -> dict[int, int]:
         return {}
 
 
+class Line(Static):
+    """Part of the strip, which is drawn for the room that each of them has: that may change while its own does not."""
+
+    def on_resize(self) -> None:
+        self.query_ancestor(DeviceStrip).redraw()
+
+
 class DeviceStrip(Vertical):
     """Shows a Machine, and a minute of it."""
 
     COMPONENT_CLASSES = {f"device--{name}" for name in ("tensors", "cache", "others", "free", "limit")}  # noqa: RUF012
 
-    def compose(self) -> ComposeResult:
-        with Horizontal():
-            yield Static(id="device-words")
-            yield Static(id="device-minute")
-        yield Static(id="device-memory")
-
-    def on_mount(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.minute: deque[float] = deque(maxlen=SECONDS)
         self._machine: Machine | None = None
         self._at_work: Sequence[Job] = ()
+
+    def compose(self) -> ComposeResult:
+        with Horizontal():
+            yield Line(id="device-words")
+            yield Line(id="device-minute")
+        yield Line(id="device-memory")
 
     def show(self, machine: Machine, running: Sequence[Job]) -> None:
         self._machine, self._at_work = machine, running
@@ -87,23 +95,23 @@ class DeviceStrip(Vertical):
         """What runs has changed since the machine was asked."""
         if running != self._at_work:
             self._at_work = running
-            self.on_resize()
+            self.redraw()
 
-    def on_resize(self) -> None:
+    def redraw(self) -> None:
         if self._machine is not None:
             self._draw(self._machine)
 
     def _draw(self, machine: Machine) -> None:
         card = card_of(machine, self._at_work)
         job = next((job for job in self._at_work if card is not None and job.lock == card.uuid), None)
-        bars, line = self.query_one("#device-minute", Static), self.query_one("#device-words", Static)
-        bars.update(Text(minute_bars(self.minute, bars.size.width)))
+        bars, line = self.query_one("#device-minute", Line), self.query_one("#device-words", Line)
+        bars.update(Text(minute_bars(self.minute, bars.size.width)), layout=False)
         words = host_words(machine) if card is None else card_words(card, len(machine.driver.cards))
-        line.update(Text(fitting(words, line.size.width), no_wrap=True, overflow="ellipsis"))
+        line.update(Text(fitting(words, line.size.width), no_wrap=True, overflow="ellipsis"), layout=False)
         self._show_memory(machine, card, job or next(iter(self._at_work), None))
 
     def _show_memory(self, machine: Machine, card: Card | None, job: Job | None) -> None:
-        line = self.query_one("#device-memory", Static)
+        line = self.query_one("#device-memory", Line)
         is_roomy = line.size.width >= ROOMY
         gap = "   " if is_roomy else " "
         parts = host_parts(machine) if card is None else card_parts(card, machine, job)
@@ -121,7 +129,7 @@ class DeviceStrip(Vertical):
         if limit is not None:
             text.append(f"{gap}{LIMIT}", self.get_component_rich_style("device--limit", partial=True))
             text.append(f" plan {limit / GIB:.1f}")
-        line.update(text)
+        line.update(text, layout=False)
 
 
 def card_of(machine: Machine, running: Sequence[Job]) -> Card | None:

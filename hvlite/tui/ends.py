@@ -1,6 +1,6 @@
 """What is told when jobs end while somebody looks: notes in the corner, a bell, a note on the desktop."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from hvlite.errors import RequestError
@@ -47,6 +47,20 @@ def desktop_note(text: str) -> str:
     """By the terminal: OSC 9 (iTerm2, kitty, WezTerm, Windows Terminal) and OSC 777 (foot, urxvt, VTE)."""
     safe = words.plain(text).replace(";", ",")
     return f"\x1b]9;hvlite: {safe}\x1b\\\x1b]777;notify;hvlite;{safe}\x1b\\"
+
+
+def farewell(view: View | None, workers: Collection[int]) -> str | None:
+    """What goes on, or waits in vain, when the window is closed; None if nothing does."""
+    if workers:
+        named = ", ".join(map(str, sorted(workers)))
+        return f"the worker (process {named}) goes on; hvlite tui looks again, hvlite queue ls --watch too"
+    waiting = 0 if view is None else view.counts["queued"]
+    if view is None or not waiting:
+        return None
+    wait = f"{words.counted(waiting)} wait{'s' * (waiting == 1)}"
+    if view.settings.queue != "active":
+        return f"{wait} and the queue is paused: hvlite queue resume, then hvlite work"
+    return f"{wait} and no worker runs: hvlite work"
 
 
 def _line(job: Job) -> tuple[str, Severity] | None:

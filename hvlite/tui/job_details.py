@@ -38,15 +38,15 @@ class JobDetails(VerticalScroll, can_focus=False):
         self.found: Facts = []
         self.tail = ""
 
-    def show(self, job: Job | None, now: float, end: float | None) -> None:
+    @work(group="files", exclusive=True)
+    async def show(self, job: Job | None, now: float, end: float | None) -> None:
+        drawn = asyncio.Event()
+        self.call_after_refresh(drawn.set)
+        await drawn.wait()  # the list comes first: other facts may take other room, and all is laid out anew
         found = [] if job is None else facts(job, now, end)
         if found != self.found:
             self.found = found
             self.query_one("#facts", Static).update(facts_table(found))
-        self._show_files(job)
-
-    @work(group="files", exclusive=True)
-    async def _show_files(self, job: Job | None) -> None:
         tail, strip = ("", []) if job is None else await asyncio.to_thread(_files_of, job)
         if tail != self.tail:
             self.tail = tail

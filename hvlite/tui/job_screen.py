@@ -10,7 +10,7 @@ from textual.widgets import Input
 
 from hvlite.jobs.job import Job, NewJob, State
 from hvlite.tui import words
-from hvlite.tui.desk import View, Wanted, matching
+from hvlite.tui.desk import View, Wanted
 from hvlite.tui.dialogs import Reading
 from hvlite.tui.frame import MainScreen
 from hvlite.tui.job_details import facts, facts_text
@@ -108,9 +108,9 @@ class JobScreen(MainScreen):
         """Nothing is left to go back from."""
 
     def action_mark_all(self) -> None:
-        wanted = replace(self.wanted(), start=0)
+        wanted = self.wanted()
         self.hvlite.act(
-            lambda store: [job.id for job in matching(store, wanted)],
+            lambda store: store.search(wanted.states, wanted.words)[0],
             lambda ids: self.table.mark_only([] if set(ids) == set(self.table.marked) else ids),
         )
 

@@ -202,11 +202,11 @@ class JobTable(ScrollView, can_focus=True):
             self.scroll_to(y=self.cursor - rows + 1, animate=False, immediate=True)
 
     def _tell(self) -> None:
-        if self.job is not self._told:
+        if self.total and self.job is None:  # what stands beside the list stays until the row is read
+            self.post_message(self.Moved())
+        elif self.job is not self._told:
             self._told = self.job
             self.post_message(self.Chosen(self.job))
-        if self.total and self.job is None:
-            self.post_message(self.Moved())
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
@@ -250,7 +250,7 @@ class JobTable(ScrollView, can_focus=True):
     def _row(self, job: Job, at_cursor: bool, width: int) -> Strip:
         assert self.view is not None
         base = self._style("cursor") if at_cursor else self.rich_style
-        is_reversed = at_cursor and self.app.native_ansi_color  # a state's colour may be the cursor's own there
+        is_reversed = base.reverse or (at_cursor and self.app.native_ansi_color)  # there a state's colour hides it
         is_marked = job.id in self.marked
         mark = Segment(f"{MARK if is_marked else ' '} ", _over(base, self._style("marked")))
         segments = [mark]

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from threading import Thread
 
 from hvlite.errors import ProfileError
 
@@ -31,7 +32,7 @@ def play(file: Path, player: str | None) -> str | None:
     if command is None:
         return f"no desktop here to play it on; the file is {file} (y copies its path)"
     try:
-        subprocess.Popen(
+        process = subprocess.Popen(
             [*command, str(file)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -40,7 +41,13 @@ def play(file: Path, player: str | None) -> str | None:
         )
     except OSError as error:
         return f"{command[0]} cannot be started: {error.strerror}"
+    reap(process)
     return None
+
+
+def reap(process: "subprocess.Popen[bytes]") -> None:
+    """Wait in the background for a process that goes its own way, so that it leaves no zombie behind."""
+    Thread(target=process.wait, daemon=True, name=f"reap-{process.pid}").start()
 
 
 def _opener() -> list[str] | None:

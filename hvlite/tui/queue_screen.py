@@ -76,7 +76,7 @@ class QueueScreen(JobScreen):
         if action in FOR_STATES or action in ON_A_JOB:
             if not self.is_mounted or not self.query(JobTable):
                 return False
-            if self.table.marked:
+            if self.table.marked and action != "open":
                 return True
             job = self.job
             if job is not None and action == "finish":

@@ -12,11 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hvlite.errors import RequestError
-from hvlite.jobs.job import ENDED, STATES, Job, NewJob, Settings, Spot, State, refusal
+from hvlite.jobs.job import STATES, Job, NewJob, Settings, Spot, State, refusal
 from hvlite.jobs.store import preferences
 from hvlite.jobs.store.claims import Claims
 from hvlite.jobs.store.database import Clock, Database
 from hvlite.jobs.store.history import Action, Undone, name_taken, undo_last
+from hvlite.jobs.store.listing import page, search
 from hvlite.jobs.store.opening import open_database
 from hvlite.jobs.store.ordering import QUEUED, fetch_job, keys_at_end, keys_at_front, place
 from hvlite.jobs.store.rows import new_row, read_job
@@ -77,9 +78,20 @@ class Store:
             counts = _counts(connection)
             for state in states:
                 wanted = -1 if limit is None else limit - len(jobs)
-                jobs += _page(connection, state, wanted, offset)
+                jobs += page(connection, state, wanted, offset)
                 offset = max(0, offset - counts[state])
         return jobs
+
+    def search(
+        self, states: Sequence[State], words: str, *, limit: int = 0, offset: int = 0
+    ) -> tuple[list[int], list[Job]]:
+        """Every job that has all the words, in the order of `page`; `limit` of them, from `offset` on, are read."""
+        with self.database.reading() as connection:
+            found = [each for state in states for each in search(connection, state, words)]
+            return [job for job, _ in found], [
+                read_job(connection.execute("SELECT * FROM job WHERE id = ?", (job,)).fetchone(), position)
+                for job, position in found[offset : offset + limit]
+            ]
 
     def counts(self) -> dict[State, int]:
         """How many jobs of each state there are."""
@@ -315,12 +327,3 @@ def _counts(connection: "sqlite3.Connection") -> dict[State, int]:
     for row in connection.execute("SELECT state, count(*) AS jobs FROM job WHERE removed IS NULL GROUP BY state"):
         found[row["state"]] = int(row["jobs"])
     return found
-
-
-def _page(connection: "sqlite3.Connection", state: State, limit: int, offset: int) -> list[Job]:
-    order = "finished DESC, id DESC" if state in ENDED else "sort_key, id"
-    rows = connection.execute(
-        f"SELECT * FROM job WHERE state = ? AND removed IS NULL ORDER BY {order} LIMIT ? OFFSET ?",
-        (state, limit, offset),
-    )
-    return [read_job(row, offset + index + 1 if state == "queued" else None) for index, row in enumerate(rows)]
