@@ -1,5 +1,6 @@
 """What is the same on every screen: settings, keys, themes, palette, help; troubles with the queue; no torch."""
 
+import asyncio
 import json
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ from unittest import mock
 
 import pytest
 from textual.command import CommandPalette
+from textual.events import Key
 from textual.widgets import TextArea
 
 from hvlite import paths
@@ -204,6 +206,21 @@ async def test_ctrl_q_closes_the_window_and_ctrl_c_says_how() -> None:
         assert "q closes this window" in hands.told()
         await hands.pilot.press("ctrl+q")
         assert hands.app._exit
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("error")
+async def test_what_was_asked_for_is_done_before_the_window_closes() -> None:
+    queue("apple")
+    async with opened() as hands:
+        for key in "ddqd":  # in one burst, as over a slow connection
+            hands.app.post_message(Key(key, None))
+        for _ in range(1000):
+            if hands.app._exit:
+                break
+            await asyncio.sleep(0.002)
+        assert hands.app._exit
+    assert prompts("queued") == ["apple"] * 3
 
 
 def test_a_crash_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:

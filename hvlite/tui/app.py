@@ -63,6 +63,7 @@ class HvliteApp(App[None]):
         self.view: View | None = None
         self.fault: str | None = None
         self.undone_work = 0
+        self.leaving = False
         self.looks = self.probes = 0
         self.held: dict[str, int] = {}
         self.started: list[Popen[bytes]] = []
@@ -198,6 +199,8 @@ class HvliteApp(App[None]):
 
     def act(self, deed: Callable[[Store], T], then: Callable[[T], object] = lambda _: None) -> None:
         """Do something to the queue, then say or show it; what the queue refuses is told."""
+        if self.leaving:
+            return
         self.undone_work += 1
         self.run_worker(self._act(deed, then), group="act")
 
@@ -211,6 +214,8 @@ class HvliteApp(App[None]):
         finally:
             self.undone_work -= 1
             self.look_again()
+            if self.leaving and not self.undone_work:
+                self.exit()
 
     def tell(self, text: str, *, severity: Severity = "information") -> None:
         """A note in the corner, for some seconds."""
@@ -351,7 +356,13 @@ class HvliteApp(App[None]):
         self.tell("q closes this window; the worker goes on. x cancels a job")
 
     def action_leave(self) -> None:
-        self.exit()
+        """Once all is done that was asked for before."""
+        self.leaving = True
+        if not self.undone_work:
+            self.exit()
+
+    async def action_quit(self) -> None:
+        self.action_leave()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Every action of the screen in front, each with the command line that does the same."""
