@@ -17,7 +17,8 @@ from hvlite.tui import workers
 from hvlite.tui.dialogs import Question, Reading
 from hvlite.tui.job_table import JobTable
 from hvlite.tui.outside import play
-from tests.tui_hands import NOW, done, end, jobs, opened, prompts, queue, run_next
+from tests.queue_hands import new_job
+from tests.tui_hands import NOW, added, done, end, jobs, opened, prompts, queue, run_next
 
 pytestmark = pytest.mark.asyncio
 
@@ -205,6 +206,24 @@ async def test_filtering_by_words_and_back() -> None:
         assert prompts("queued") == ["a green apple", "a red car"]
         await hands.press("escape")
         assert "a red car" in hands.screen_text()
+
+
+async def test_without_its_filter_the_list_stays_on_the_chosen_job() -> None:
+    added([new_job(f"number {index}") for index in range(1, 401)])
+    async with opened() as hands:
+        table = hands.app.front.query_one(JobTable)
+        for words, keys in (("398", ("enter", "escape")), ("number 2", ("enter", "j", "j", "j", "escape"))):
+            await hands.press("slash")
+            await hands.type(words)
+            await hands.press(*keys[:-1])
+            assert table.job is not None
+            chosen = table.job.prompt
+            assert words in chosen
+            await hands.press(keys[-1])
+            assert (table.job and table.job.prompt) == chosen
+            at = 1 + table.cursor - round(table.scroll_offset.y)
+            assert chosen in hands.screen_text().splitlines()[table.region.y + at]
+            assert "e edit" in hands.screen_text()
 
 
 async def test_the_footer_has_the_keys_of_the_moment() -> None:

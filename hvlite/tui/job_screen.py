@@ -72,6 +72,8 @@ class JobScreen(MainScreen):
 
     @on(JobTable.Moved)
     def _read_more(self) -> None:
+        if self.job is None:  # the keys that a job has are known when it is read
+            self._moment = None
         self.hvlite.look_again()
 
     @on(JobTable.Opened)
@@ -80,7 +82,8 @@ class JobScreen(MainScreen):
 
     @on(Input.Changed, "#filter")
     def _filtered(self) -> None:
-        self.table.cursor = 0
+        if self.query_one("#filter", Input).value:  # where all are shown again, the cursor stays on its job
+            self.table.cursor = 0
         self.hvlite.look_again()
 
     @on(Input.Submitted, "#filter")

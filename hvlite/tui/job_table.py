@@ -196,10 +196,11 @@ class JobTable(ScrollView, can_focus=True):
 
     def _keep_in_sight(self) -> None:
         top, rows = round(self.scroll_offset.y), max(1, self.size.height - 1)
+        # forced, since a list that was short has no bar yet by which it could be scrolled
         if self.cursor < top:
-            self.scroll_to(y=self.cursor, animate=False, immediate=True)
+            self.scroll_to(y=self.cursor, animate=False, immediate=True, force=True)
         elif self.cursor >= top + rows:
-            self.scroll_to(y=self.cursor - rows + 1, animate=False, immediate=True)
+            self.scroll_to(y=self.cursor - rows + 1, animate=False, immediate=True, force=True)
 
     def _tell(self) -> None:
         if self.total and self.job is None:  # what stands beside the list stays until the row is read
