@@ -248,8 +248,31 @@ def test_what_goes_on_when_the_window_is_closed_is_known() -> None:
     )
     assert farewell(view, []) == "2 jobs wait and no worker runs: hvlite work"
     assert farewell(paused, []) == "2 jobs wait and the queue is paused: hvlite queue resume, then hvlite work"
+    assert farewell(paused, {4711}) == (
+        "the worker (process 4711) has nothing to do; 2 jobs wait and the queue is paused: hvlite queue resume"
+    )
     assert farewell(empty, []) is None
     assert farewell(None, []) is None
+
+
+def test_the_farewell_knows_which_workers_were_asked_to_end() -> None:
+    queue("apple", "banana")
+    run_next()
+    with open_store() as store:
+        view = look(store, Wanted(), NOW)
+        store.pause()
+        pausing = look(store, Wanted(), NOW)
+    assert farewell(view, {4711}, {4711}) == (
+        "the worker (process 4711) saves its clip and ends; 1 job waits and no worker runs then: hvlite work"
+    )
+    assert farewell(view, {4711, 4712}, {4711}) == (
+        "the worker (process 4711) saves its clip and ends; "
+        "the worker (process 4712) goes on; hvlite tui looks again, hvlite queue ls --watch too"
+    )
+    assert farewell(view, [], {4711}) == "1 job waits and no worker runs: hvlite work"
+    assert farewell(pausing, {4711}) == (
+        "the worker (process 4711) ends the running job; 1 job waits and the queue is paused: hvlite queue resume"
+    )
 
 
 def test_the_farewell_comes_when_the_screen_is_closed(

@@ -321,6 +321,7 @@ async def test_a_worker_is_started_detached_and_asked_to_stop(monkeypatch: pytes
         await hands.press("W", "y")
         assert stopped == [(1234, signal.SIGTERM)]
         assert "asked worker 1234 to save its clip" in hands.told()
+        assert hands.app.ending == {1234}
 
 
 async def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,8 +338,8 @@ async def test_a_worker_that_is_not_ours_is_not_stopped(monkeypatch: pytest.Monk
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr("os.kill", refused)
-    assert workers.stop_workers([1234]) == "worker 1234 cannot be stopped: Operation not permitted"
-    assert "not to be seen from here" in workers.stop_workers([0])
+    assert workers.stop_workers([1234]) == ("worker 1234 cannot be stopped: Operation not permitted", set())
+    assert "not to be seen from here" in workers.stop_workers([0])[0]
 
 
 async def test_a_marked_job_that_another_window_removed_blocks_nothing() -> None:

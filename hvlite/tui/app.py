@@ -67,6 +67,7 @@ class HvliteApp(App[None]):
         self.looks = self.probes = 0
         self.held: dict[str, int] = {}
         self.started: list[Popen[bytes]] = []
+        self.ending: set[int] = set()
         self._pulse = workers.Pulse()
         self._stale = asyncio.Event()
         for name in ("queue", "compose", "gallery"):
@@ -308,7 +309,7 @@ class HvliteApp(App[None]):
             question = f"Stop the worker (process {', '.join(map(str, pids))})? What it renders is saved, and goes on"
             self.push_screen(
                 Question(f"{question} with the next worker.", "stop"),
-                lambda yes: self.tell(workers.stop_workers(pids)) if yes else None,
+                lambda yes: self._stop(pids) if yes else None,
             )
             return
 
@@ -324,6 +325,11 @@ class HvliteApp(App[None]):
             self.run_worker(self._watch(process), group="watch")
 
         self.act(started, watched)
+
+    def _stop(self, pids: list[int]) -> None:
+        told, asked = workers.stop_workers(pids)
+        self.ending |= asked
+        self.tell(told)
 
     def at_work(self) -> set[int]:
         """The workers' processes, one that was started a moment ago among them."""
@@ -401,7 +407,7 @@ def tui() -> int:
     settings = read_settings()
     app = HvliteApp(settings, read_memory(), Surroundings(graphic=widget_for(settings.pictures)))
     app.run()
-    said = ends.farewell(app.view, app.at_work())
+    said = ends.farewell(app.view, app.at_work(), app.ending)
     if said is not None:
         sys.stderr.write(f"{said}\n")
     return app.return_code or 0

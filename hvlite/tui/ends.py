@@ -49,18 +49,31 @@ def desktop_note(text: str) -> str:
     return f"\x1b]9;hvlite: {safe}\x1b\\\x1b]777;notify;hvlite;{safe}\x1b\\"
 
 
-def farewell(view: View | None, workers: Collection[int]) -> str | None:
-    """What goes on, or waits in vain, when the window is closed; None if nothing does."""
-    if workers:
-        named = ", ".join(map(str, sorted(workers)))
-        return f"the worker (process {named}) goes on; hvlite tui looks again, hvlite queue ls --watch too"
+def farewell(view: View | None, workers: Collection[int], ending: Collection[int] = ()) -> str | None:
+    """What goes on, or waits in vain, when the window is closed; None if nothing does.
+
+    `ending` are the workers that were asked to end from here.
+    """
+    said, staying = [], set(workers) - set(ending)
+    leaving = set(workers) & set(ending)
+    if leaving:
+        said.append(f"{_named(leaving)} saves its clip and ends")
     waiting = 0 if view is None else view.counts["queued"]
-    if view is None or not waiting:
-        return None
     wait = f"{words.counted(waiting)} wait{'s' * (waiting == 1)}"
-    if view.settings.queue != "active":
-        return f"{wait} and the queue is paused: hvlite queue resume, then hvlite work"
-    return f"{wait} and no worker runs: hvlite work"
+    if view is not None and view.settings.queue != "active" and (waiting or staying):
+        if staying:
+            said.append(f"{_named(staying)} {'ends the running job' if view.running else 'has nothing to do'}")
+        then = "" if staying else ", then hvlite work"
+        said.append(f"{f'{wait} and ' if waiting else ''}the queue is paused: hvlite queue resume{then}")
+    elif staying:
+        said.append(f"{_named(staying)} goes on; hvlite tui looks again, hvlite queue ls --watch too")
+    elif waiting or leaving:
+        said.append(f"{f'{wait} and ' if waiting else ''}no worker runs{' then' * bool(leaving)}: hvlite work")
+    return "; ".join(said) or None
+
+
+def _named(workers: Collection[int]) -> str:
+    return f"the worker (process {', '.join(map(str, sorted(workers)))})"
 
 
 def _line(job: Job) -> tuple[str, Severity] | None:

@@ -54,9 +54,9 @@ def last_words(code: int) -> str | None:
     return words.plain(f"the worker has ended ({how}): {lines[-1] if lines else 'its log is empty'}")
 
 
-def stop_workers(pids: Collection[int]) -> str:
-    """Ask them to end, as Ctrl+C in their own terminal does -> what to tell."""
-    told = []
+def stop_workers(pids: Collection[int]) -> tuple[str, set[int]]:
+    """Ask them to end, as Ctrl+C in their own terminal does -> what to tell, and those that could be asked."""
+    told, asked = [], set()
     for pid in pids:
         try:
             if pid <= 1:  # it lives in a container that this process cannot look into
@@ -66,7 +66,8 @@ def stop_workers(pids: Collection[int]) -> str:
             told.append(f"worker {pid} cannot be stopped: {error.strerror}")
         else:
             told.append(f"asked worker {pid} to save its clip and to end")
-    return "; ".join(told)
+            asked.add(pid)
+    return "; ".join(told), asked
 
 
 def held_locks(folder: Path | None = None, locks: Path = LOCKS) -> dict[str, int]:
