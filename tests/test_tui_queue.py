@@ -17,6 +17,7 @@ from hvlite.tui import workers
 from hvlite.tui.dialogs import Question, Reading
 from hvlite.tui.job_table import JobTable
 from hvlite.tui.outside import play
+from hvlite.tui.words import named
 from tests.queue_hands import new_job
 from tests.tui_hands import NOW, added, done, end, jobs, opened, prompts, queue, run_next
 
@@ -206,6 +207,32 @@ async def test_filtering_by_words_and_back() -> None:
         assert prompts("queued") == ["a green apple", "a red car"]
         await hands.press("escape")
         assert "a red car" in hands.screen_text()
+
+
+async def test_marks_that_the_filter_hides_are_counted_and_what_is_cancelled_is_named() -> None:
+    queue("apple", "banana", "cherry", "date")
+    async with opened(size=(80, 24)) as hands:
+        await hands.press("space", "space")
+        assert "2 marked" in hands.screen_text().splitlines()[0]
+        await hands.press("slash")
+        await hands.type("date")
+        await hands.press("enter")
+        assert "2 marked" in hands.screen_text().splitlines()[0]
+        assert "apple" not in hands.screen_text()
+        await hands.press("x")
+        assert "cancelled jobs 1 and 2; u: undo" in hands.told()
+        assert prompts("queued") == ["cherry", "date"]
+        assert "marked" not in hands.screen_text().splitlines()[0]
+
+
+async def test_a_few_jobs_are_named_and_many_are_counted() -> None:
+    assert [named(ids) for ids in ([3], [4, 3], [3, 5, 4], [2, 9, 4], [1, 3, 5, 7, 9, 11, 13, 15])] == [
+        "job 3",
+        "jobs 3 and 4",
+        "jobs 3 to 5",
+        "jobs 2, 4 and 9",
+        "jobs 1, 3, 5, 7, 9, 11 and 2 more",
+    ]
 
 
 async def test_without_its_filter_the_list_stays_on_the_chosen_job() -> None:

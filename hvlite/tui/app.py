@@ -27,9 +27,9 @@ from hvlite.tui.desk import Desk, View
 from hvlite.tui.device_strip import DeviceStrip
 from hvlite.tui.dialogs import Question, Reading
 from hvlite.tui.ends import Severity
-from hvlite.tui.frame import Banner, MainScreen, Top
+from hvlite.tui.frame import Banner, MainScreen, Top, warning
 from hvlite.tui.graphics import widget_for
-from hvlite.tui.pausing import lift, pause_words, turn
+from hvlite.tui.pausing import lift, turn
 from hvlite.tui.queue_screen import QueueScreen
 from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
 from hvlite.tui.surroundings import LOOK_SECONDS, Surroundings
@@ -144,25 +144,16 @@ class HvliteApp(App[None]):
         warning, alarming = self._warning()
         screen.query_one(Banner).show(warning, alarming=alarming)
         if self.view is not None:
-            screen.query_one(Top).show(self.view, len(self.held))
+            screen.query_one(Top).show(self.view, len(self.held), self.front.marks)
 
     def _warning(self) -> tuple[str | None, bool]:
         """The worst first; and whether it is an alarm."""
-        view = self.view
         if self.fault is not None:
             return f"the queue cannot be read: {self.fault}", True
-        if view is None:
+        if self.view is None:
             return None, False
-        running = list(view.running)
-        silent = self._pulse.silent(running, self.surroundings.steady())
-        wrong = workers.worker_words(running, self.held, silent)
-        if wrong is not None:
-            return wrong, True
-        if view.settings.queue != "active":
-            return pause_words(view), False
-        if view.counts["queued"] and not running and not self.held:
-            return "no worker is running: W starts one, which goes on when this window is closed", False
-        return None, False
+        silent = self._pulse.silent(list(self.view.running), self.surroundings.steady())
+        return warning(self.view, self.held, silent)
 
     async def _tell_ends(self, before: View | None, after: View) -> None:
         """What has come to its end between two looks, and the end of the queue."""

@@ -11,8 +11,9 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from hvlite.jobs.job import State
-from hvlite.tui import words
+from hvlite.tui import words, workers
 from hvlite.tui.desk import FORECAST, View, Wanted
+from hvlite.tui.pausing import pause_words
 
 if TYPE_CHECKING:
     from hvlite.tui.app import HvliteApp
@@ -22,6 +23,11 @@ TABS = (("queue", "1 Queue"), ("compose", "2 Compose"), ("gallery", "3 Gallery")
 
 class MainScreen(Screen[None]):
     """One of the screens that the tabs show: it says what it wants to see of the queue, and shows it."""
+
+    @property
+    def marks(self) -> int:
+        """How many jobs are marked."""
+        return 0
 
     @property
     def hvlite(self) -> "HvliteApp":
@@ -68,9 +74,9 @@ class Top(Horizontal):
             yield tab
         yield Static(id="totals")
 
-    def show(self, view: View, served: int) -> None:
+    def show(self, view: View, served: int, marks: int) -> None:
         room = self.size.width - sum(len(label) + 2 for _, label in TABS) - 2
-        text = totals(view, served, room)
+        text = totals(view, served, room, marks)
         if text != self.said:  # a line that is drawn again every second is felt over a slow connection
             self.said = text
             self.query_one("#totals", Static).update(Text(text, no_wrap=True, overflow="ellipsis"))
@@ -90,8 +96,24 @@ class Banner(Static):
         self.update(Text(text or "", overflow="ellipsis"))
 
 
-def totals(view: View, served: int, room: int) -> str:
-    """How many jobs there are, when the last waiting one is done, and whether anybody works: what there is room for."""
+def warning(view: View, held: Mapping[str, int], silent: Mapping[int, float]) -> tuple[str | None, bool]:
+    """What has to be known, the worst first; and whether it is an alarm."""
+    running = list(view.running)
+    wrong = workers.worker_words(running, held, silent)
+    if wrong is not None:
+        return wrong, True
+    if view.settings.queue != "active":
+        return pause_words(view), False
+    if view.counts["queued"] and not running and not held:
+        return "no worker is running: W starts one, which goes on when this window is closed", False
+    return None, False
+
+
+def totals(view: View, served: int, room: int, marks: int = 0) -> str:
+    """How many jobs there are, when the last waiting one is done, and whether anybody works: what there is room for.
+
+    Marks first: the filter may hide those jobs, and actions take them all the same.
+    """
     counts = [f"{view.counts[state]} {state}" for state in _worth_telling(view.counts)]
     rest = []
     if view.end is not None:
@@ -99,9 +121,10 @@ def totals(view: View, served: int, room: int) -> str:
         rest.append(f"all done {more}{words.clock(view.end, view.at)}")
     working = {"active": "worker on" if served else "no worker", "draining": "pausing"}
     rest.append(working.get(view.settings.queue, "paused"))
-    while counts and len("  ".join([*counts, *rest])) > room:
+    marked = [f"{marks} marked"] if marks else []
+    while counts and len("  ".join([*marked, *counts, *rest])) > room:
         counts.pop()
-    return "  ".join([*counts, *rest])
+    return "  ".join([*marked, *counts, *rest])
 
 
 def _worth_telling(counts: Mapping[State, int]) -> list[State]:

@@ -14,6 +14,7 @@ from textual.widgets import Footer, Static
 from hvlite import paths
 from hvlite.errors import RequestError
 from hvlite.jobs.job import ACTIONS, Job, State
+from hvlite.tui import words
 from hvlite.tui.actions import bindings
 from hvlite.tui.desk import View
 from hvlite.tui.frame import Banner, Top
@@ -128,8 +129,8 @@ class GalleryScreen(JobScreen):
 
     def action_remove(self) -> None:
         ids = self.table.chosen()
-        self.hvlite.act(lambda store: store.remove(ids), lambda _: self._removed(len(ids)))
+        self.hvlite.act(lambda store: store.remove(ids), lambda _: self._removed(ids))
 
-    def _removed(self, count: int) -> None:
+    def _removed(self, ids: list[int]) -> None:
         self.table.mark_only([])
-        self.hvlite.tell(f"took {count} off the list, files stay; u: undo")
+        self.hvlite.tell(f"took {words.named(ids)} off the list, files stay; u: undo")

@@ -22,6 +22,7 @@ class JobScreen(MainScreen):
 
     STATES: ClassVar[tuple[State, ...]]
     _moment: tuple[State | None, bool] | None = None
+    _told_marks = 0
 
     @property
     def table(self) -> JobTable:
@@ -30,6 +31,10 @@ class JobScreen(MainScreen):
     @property
     def job(self) -> Job | None:
         return self.table.job
+
+    @property
+    def marks(self) -> int:
+        return len(self.table.marked)
 
     def compose_list(self) -> ComposeResult:
         yield JobTable()
@@ -52,6 +57,9 @@ class JobScreen(MainScreen):
 
     def renew_footer(self) -> None:
         """Where the keys of the moment are others than before: the footer is built anew, which takes its time."""
+        if self.marks != self._told_marks:
+            self._told_marks = self.marks
+            self.hvlite.look_again()
         moment = (None if self.job is None else self.job.state, bool(self.table.marked))
         if moment != self._moment:
             self._moment = moment
@@ -131,7 +139,7 @@ class JobScreen(MainScreen):
 
     def _told_new(self, ids: list[int]) -> None:
         self.table.mark_only([])
-        self.hvlite.tell(f"queued as {_numbers(ids)}")
+        self.hvlite.tell(f"queued as {words.named(ids)}")
 
     def action_finish(self) -> None:
         ids = self.table.chosen()
@@ -166,7 +174,3 @@ class JobScreen(MainScreen):
     def ids_text(self) -> str:
         ids = self.table.chosen()
         return shlex.join(map(str, ids)) if ids else "ID"
-
-
-def _numbers(ids: list[int]) -> str:
-    return f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"

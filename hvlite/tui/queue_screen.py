@@ -18,7 +18,7 @@ from hvlite.tui.frame import Banner, Top
 from hvlite.tui.job_details import JobDetails, log_file, log_text
 from hvlite.tui.job_screen import JobScreen
 from hvlite.tui.job_table import JobTable
-from hvlite.tui.words import counted
+from hvlite.tui.words import counted, named
 
 EMPTY = """\
 The queue is empty.
@@ -175,10 +175,12 @@ def _cancelled(store: Store, ids: list[int]) -> str:
     said = []
     if still:
         running = store.cancel(still)
-        said.append(
-            f"asked the worker to stop {counted(len(running))}" if running else f"cancelled {counted(len(still))}"
-        )
+        waiting = [job_id for job_id in still if job_id not in running]
+        if running:
+            said.append(f"asked the worker to stop {named(running)}")
+        if waiting:
+            said.append(f"cancelled {named(waiting)}; u: undo")
     if ended:
         store.remove(ended)
-        said.append(f"took {counted(len(ended))} off the list, files stay; u: undo")
+        said.append(f"took {named(ended)} off the list, files stay; u: undo")
     return "; ".join(said)

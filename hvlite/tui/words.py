@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +19,8 @@ SIGNS: Mapping[State, str] = {
     "failed": "\u2717",
     "cancelled": "\u2013",
 }
+# So many jobs are told by their numbers.
+NAMED = 6
 FULL, EMPTY = "\u2501", "\u2500"
 
 
@@ -117,6 +119,19 @@ def gib(nbytes: int) -> str:
 
 def counted(count: int, what: str = "job") -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def named(ids: Sequence[int]) -> str:
+    """Jobs by their numbers, which stand in their order; a few are named, the others are counted."""
+    ordered = sorted(ids)
+    if len(ordered) == 1:
+        return f"job {ordered[0]}"
+    if ordered[-1] - ordered[0] == len(ordered) - 1 > 1:
+        return f"jobs {ordered[0]} to {ordered[-1]}"
+    first, last = ordered[:-1], str(ordered[-1])
+    if len(ordered) > NAMED:
+        first, last = ordered[:NAMED], f"{len(ordered) - NAMED} more"
+    return f"jobs {', '.join(map(str, first))} and {last}"
 
 
 def number(value: float) -> str:
