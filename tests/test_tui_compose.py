@@ -134,6 +134,18 @@ async def test_what_cannot_run_is_refused_and_what_does_not_fit_is_asked_for_twi
         assert (job.how.model, job.how.profile) == ("hunyuanvideo", "6g") if job.how is not None else False
 
 
+async def test_a_changed_job_that_has_failed_is_said_to_need_a_retry() -> None:
+    (job,) = queue("apple", seed=3)
+    run_next()
+    end(job, "failed")
+    async with opened() as hands:
+        await hands.press("e")
+        await put(hands, prompt="an apricot")
+        await hands.press("ctrl+s")
+        assert prompts("failed") == ["an apricot"]
+        assert "changed job 1; it will run again only by r (retry); u: undo" in hands.told()
+
+
 async def test_a_waiting_job_is_changed_in_place() -> None:
     queue("apple", "banana", seed=3)
     async with opened() as hands:

@@ -154,6 +154,22 @@ async def test_only_the_running_job_is_asked_for_before_it_is_cancelled() -> Non
         assert prompts("cancelled") == ["banana"]
 
 
+async def test_a_worker_that_is_gone_is_not_said_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "held_is_known", lambda: True)
+    queue("apple", "banana")
+    run_next()
+    async with opened() as hands:
+        await hands.until_shown("the worker of job 1 is gone: nothing is lost, W starts a new one, which goes on")
+        await hands.press("P")
+        assert "the queue is paused; the worker of job 1 is gone: W starts a new one" in hands.told()
+        await hands.press("P", "x")
+        assert "whose worker is gone" in hands.screen_text()
+        await hands.press("y")
+        assert "the worker of job 1 is gone; the next one cancels what it left: W" in hands.told()
+        assert "asked the worker" not in hands.told()
+        await hands.until_shown("W starts a new one, which cancels it")
+
+
 async def test_an_ended_job_is_taken_off_the_list_and_brought_back() -> None:
     done("apple")
     async with opened() as hands:
@@ -194,6 +210,18 @@ async def test_nothing_to_undo_is_told() -> None:
         await hands.press("u", "C")
         assert "there is nothing to undo" in hands.told()
         assert "no job is waiting" in hands.told()
+
+
+async def test_an_undo_that_brings_nothing_back_is_an_error() -> None:
+    queue("apple", "banana")
+    run_next()
+    async with opened() as hands:
+        await hands.press("x", "y", "u")
+        (note,) = [note for note in hands.app._notifications if "undone" in note.message]
+        assert note.severity == "error"
+        assert note.message.startswith("`cancel` cannot be undone: job 1 was running")
+        await hands.press("ctrl+a", "x", "y", "u")
+        assert "`cancel` of job 2 is undone; not undone: job 1 was running" in hands.told()
 
 
 async def test_filtering_by_words_and_back() -> None:

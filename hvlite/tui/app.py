@@ -62,9 +62,8 @@ class HvliteApp(App[None]):
         self.draw_seed = self.surroundings.draw_seed
         self.view: View | None = None
         self.fault: str | None = None
-        self.undone_work = 0
         self.leaving = False
-        self.looks = self.probes = 0
+        self.undone_work = self.looks = self.probes = 0
         self.held: dict[str, int] = {}
         self.started: list[Popen[bytes]] = []
         self.ending: set[int] = set()
@@ -283,10 +282,7 @@ class HvliteApp(App[None]):
         self.go("gallery")
 
     def action_undo(self) -> None:
-        def told(undone: Any) -> None:
-            self.tell("; ".join([f"undone: {undone.kind} of {len(undone.jobs)}", *undone.obstacles]))
-
-        self.act(lambda store: store.undo(), told)
+        self.act(lambda store: ends.undone_words(store.undo()), lambda told: self.tell(told[0], severity=told[1]))
 
     def action_pause(self) -> None:
         self.act(lambda store: turn(store, now=False), self.tell)

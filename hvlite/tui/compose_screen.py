@@ -269,7 +269,8 @@ class ComposeScreen(MainScreen):
         self.hvlite.act(lambda store: store.edit([job.id], changed), lambda _: self._changed(job))
 
     def _changed(self, job: Job) -> None:
-        self.hvlite.tell(f"changed job {job.id}; u: undo")
+        again = "" if job.state == "queued" else " it will run again only by r (retry);"
+        self.hvlite.tell(f"changed job {job.id};{again} u: undo")
         self.give_back()
         self.hvlite.go("queue")
 

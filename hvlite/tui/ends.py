@@ -5,13 +5,15 @@ from typing import Literal
 
 from hvlite.errors import RequestError
 from hvlite.jobs.job import Job
-from hvlite.jobs.store import Store
+from hvlite.jobs.store import Store, Undone
 from hvlite.tui import words
 from hvlite.tui.desk import View
 
 Severity = Literal["information", "warning", "error"]
 # What is told of one job; the others of the same look are counted.
 MOST = 3
+# So many obstacles to an undo.
+TOLD = 5
 
 
 def found(store: Store, ids: Sequence[int]) -> list[Job]:
@@ -47,6 +49,19 @@ def desktop_note(text: str) -> str:
     """By the terminal: OSC 9 (iTerm2, kitty, WezTerm, Windows Terminal) and OSC 777 (foot, urxvt, VTE)."""
     safe = words.plain(text).replace(";", ",")
     return f"\x1b]9;hvlite: {safe}\x1b\\\x1b]777;notify;hvlite;{safe}\x1b\\"
+
+
+def undone_words(undone: Undone) -> tuple[str, Severity]:
+    """What an undo brought back, and what it could not."""
+    obstacles, more = list(undone.obstacles[:TOLD]), len(undone.obstacles) - TOLD
+    if more > 0:
+        obstacles.append(f"and {more} more")
+    if not undone.jobs:
+        return f"`{undone.kind}` cannot be undone: {'; '.join(obstacles)}", "error"
+    said = f"`{undone.kind}` of {words.named(undone.jobs)} is undone"
+    if not obstacles:
+        return said, "information"
+    return f"{said}; not undone: {'; '.join(obstacles)}", "warning"
 
 
 def farewell(view: View | None, workers: Collection[int], ending: Collection[int] = ()) -> str | None:

@@ -1,12 +1,14 @@
 """Pausing the queue and letting it go on, by one key for both."""
 
 from hvlite.jobs.store import Store
+from hvlite.tui import words, workers
 from hvlite.tui.desk import View
 
 
 def turn(store: Store, *, now: bool) -> str:
     """Pause, or go on where the queue is paused so far already -> what to tell."""
-    asked = any(job.asked == "pause" for job in store.page(("running",)))
+    running = store.page(("running",))
+    asked = any(job.asked == "pause" for job in running)
     state = store.settings().queue
     if state == "paused" or (state == "draining" and (not now or asked)):
         store.resume()
@@ -14,6 +16,10 @@ def turn(store: Store, *, now: bool) -> str:
     paused = store.pause(now=now)
     if paused.queue == "paused":
         return "the queue is paused"
+    held = workers.held_locks()
+    if all(workers.is_gone(job, held) for job in running):
+        left = words.named([job.id for job in running])
+        return f"the queue is paused; the worker of {left} is gone: W starts a new one, which goes on"
     return "the running job stops and goes on later" if now else "nothing starts after the running job"
 
 

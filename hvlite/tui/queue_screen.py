@@ -10,6 +10,7 @@ from textual.widgets import Footer, Static
 
 from hvlite.jobs.job import ACTIONS, ENDED, Job, Place, Spot, State, refusal
 from hvlite.jobs.store import Store
+from hvlite.tui import workers
 from hvlite.tui.actions import bindings
 from hvlite.tui.desk import ALL, View
 from hvlite.tui.device_strip import DeviceStrip
@@ -136,6 +137,8 @@ class QueueScreen(JobScreen):
         question = f"Cancel {counted(len(ids))}, {counted(len(runs), 'running job')} among them{at}?"
         if len(ids) == 1:
             question = f"Cancel job {ids[0]}, which is running{at}? It stops at the next block; r queues it again."
+            if workers.is_gone(runs[0], self.hvlite.held):
+                question = f"Cancel job {ids[0]}, whose worker is gone{at}? The next one (W) cancels it."
         self.app.push_screen(Question(question, "cancel"), lambda yes: self._cancel(ids) if yes else None)
 
     def _cancel(self, ids: list[int]) -> None:
@@ -170,14 +173,19 @@ def _log(job: Job) -> Text:
 
 def _cancelled(store: Store, ids: list[int]) -> str:
     """Cancel what is open, take off the list what has ended -> what to tell."""
-    ended = [job_id for job_id in ids if store.job(job_id).state in ENDED]
+    jobs, held = {job_id: store.job(job_id) for job_id in ids}, workers.held_locks()
+    ended = [job_id for job_id, job in jobs.items() if job.state in ENDED]
     still = [job_id for job_id in ids if job_id not in ended]
     said = []
     if still:
         running = store.cancel(still)
         waiting = [job_id for job_id in still if job_id not in running]
-        if running:
-            said.append(f"asked the worker to stop {named(running)}")
+        left = [job_id for job_id in running if workers.is_gone(jobs[job_id], held)]
+        asked = [job_id for job_id in running if job_id not in left]
+        if asked:
+            said.append(f"asked the worker to stop {named(asked)}")
+        if left:
+            said.append(f"the worker of {named(left)} is gone; the next one cancels what it left: W")
         if waiting:
             said.append(f"cancelled {named(waiting)}; u: undo")
     if ended:

@@ -110,11 +110,17 @@ class Pulse:
 def worker_words(running: "list[Job]", held: Mapping[str, int], silent: Mapping[int, float]) -> str | None:
     """What is wrong with the workers, and what helps; None if nothing is."""
     for job in running:
-        if job.lock is not None and job.lock not in held and held_is_known():
-            return f"the worker of job {job.id} is gone: nothing is lost, W starts a new one, which goes on"
+        if is_gone(job, held):
+            then = "cancels it" if job.asked == "cancel" else "goes on"
+            return f"the worker of job {job.id} is gone: nothing is lost, W starts a new one, which {then}"
         if job.id in silent:
             return f"job {job.id}: no sign of life from its worker for {silent[job.id]:.0f} s; see its log (l)"
     return None
+
+
+def is_gone(job: Job, held: Mapping[str, int]) -> bool:
+    """Whether nobody works on a running job any more."""
+    return job.lock is not None and job.lock not in held and held_is_known()
 
 
 def held_is_known() -> bool:
