@@ -414,6 +414,16 @@ async def test_a_marked_job_that_another_window_removed_blocks_nothing() -> None
         assert hands.app.front.query_one(JobTable).marked == {}
 
 
+async def test_a_job_that_cannot_be_edited_is_said_to_be_copied_instead() -> None:
+    queue("apple")
+    run_next()
+    async with opened() as hands:
+        await hands.press("e")
+        assert "job 1 is running: `edit` takes" in hands.told()
+        assert "change a copy: hvlite queue dup 1; here: d, then e" in hands.told()
+        assert hands.app.current_mode == "queue"
+
+
 async def test_a_running_job_is_not_edited_whatever_is_marked() -> None:
     queue("apple", "banana")
     run_next()

@@ -33,14 +33,15 @@ From the command line:  hvlite queue add "a red circle moving left on a black ba
 """
 
 # What an action needs of the job under the cursor; the others are for any job.
-FOR_STATES = {name: ACTIONS[name] for name in ("edit", "retry")} | {
+FOR_STATES = {
+    "retry": ACTIONS["retry"],
     "move_up": ACTIONS["mv"],
     "move_down": ACTIONS["mv"],
     "move_top": ACTIONS["mv"],
     "move_bottom": ACTIONS["mv"],
     "open": frozenset({"done"}),
 }
-ON_A_JOB = {"cancel", "finish", "duplicate", "new_seed", "whole", "log", "copy_path", "copy_command"}
+ON_A_JOB = {"edit", "cancel", "finish", "duplicate", "new_seed", "whole", "log", "copy_path", "copy_command"}
 
 
 class QueueScreen(JobScreen):
@@ -96,7 +97,7 @@ class QueueScreen(JobScreen):
             return
         refused = refusal("edit", job.id, job.state)
         if refused is not None:
-            self.hvlite.tell(refused, severity="error")
+            self.hvlite.tell(f"{refused}; here: d, then e", severity="error")
         else:
             self.hvlite.edit(job)
 
