@@ -275,7 +275,7 @@ async def test_without_its_filter_the_list_stays_on_the_chosen_job() -> None:
             chosen = table.job.prompt
             assert words in chosen
             await hands.press(keys[-1])
-            assert (table.job and table.job.prompt) == chosen
+            assert table.job.prompt == chosen
             at = 1 + table.cursor - round(table.scroll_offset.y)
             assert chosen in hands.screen_text().splitlines()[table.region.y + at]
             assert "e edit" in hands.screen_text()
