@@ -124,6 +124,12 @@ def test_the_products_dtype_is_the_profiles() -> None:
     assert plan.stage("denoise").activation_bytes > 1.8 * narrow.stage("denoise").activation_bytes
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_fp8_weights_pass_through_bf16_on_their_way_to_another_dtype(dtype: str) -> None:
+    with model_on_meta(FEW_BLOCKS, "16g", ("fp8", "fp8"), dtype=dtype) as model:
+        check_all_but_decode(model, request_of(SHORT, 2))
+
+
 @pytest.mark.parametrize(
     ("clip", "profile", "weights", "prompts"),
     [

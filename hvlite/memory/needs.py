@@ -226,9 +226,9 @@ def schedule_activations(dims: DitDims, clip: Clip, product: Product) -> int:
     item, hidden = product.item, dims.hidden
     texts = clip.prompts * clip.text_tokens * dims.text_width * item
     vectors = clip.prompts * clip.steps * hidden * item
-    scratch = product.scratch(1, hidden, 6 * hidden)
+    modulating = product.scratch(1, hidden, 6 * hidden) + product.run(1, hidden, 6 * hidden)
     made = conditioning_bytes(dims, clip, item, clip.steps)
-    return made + texts + vectors + max(scratch, refiner_bytes(dims, clip, item))
+    return made + texts + vectors + max(modulating, refiner_bytes(dims, clip, item))
 
 
 def refiner_bytes(dims: DitDims, clip: Clip, item: int) -> int:
