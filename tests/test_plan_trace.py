@@ -124,6 +124,13 @@ def test_the_products_dtype_is_the_profiles() -> None:
     assert plan.stage("denoise").activation_bytes > 1.8 * narrow.stage("denoise").activation_bytes
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_an_image_has_a_template_of_its_own(prompts: int) -> None:
+    """Where the text encoder is streamed, its prompt is felt beside its weights."""
+    with model_on_meta(FEW_BLOCKS, "6g", ("int8", "nf4"), memory_gib=2.4) as model:
+        check_all_but_decode(model, request_of(IMAGE, prompts))
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_fp8_weights_pass_through_bf16_on_their_way_to_another_dtype(dtype: str) -> None:
     with model_on_meta(FEW_BLOCKS, "16g", ("fp8", "fp8"), dtype=dtype) as model:

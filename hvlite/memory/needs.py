@@ -6,6 +6,7 @@ below a megabyte (biases, single vectors) are left out.
 """
 
 # S tokens (video first, text after)  L text tokens  D hidden  c tokens of a chunk  T steps
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -13,9 +14,9 @@ from hvlite.dims import SINUSOID_WIDTH, ClipDims, DitDims, LatentShape, LlamaDim
 
 FP32 = 4
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Longest prompt, and the longer of the two templates before it (model.text).
+# Longest prompt, and what each template puts before it (model.text).
 TEXT_TOKENS = 256
-TEMPLATE_TOKENS = 95
+TEMPLATE_TOKENS: Mapping[str, int] = {"video": 95, "image": 36}
 # A chunk's tail of fewer tokens joins the chunk before it (model.ops.token_chunks).
 SHORTEST_TAIL = 64
 # Tokens that are multiplied at a time as integers, and the shortest tail of them (quant.int8).
@@ -32,11 +33,17 @@ class Clip:
     steps: int
     prompts: int = 1
     text_tokens: int = TEXT_TOKENS
+    template_tokens: int = max(TEMPLATE_TOKENS.values())
 
     @property
     def tokens(self) -> int:
         """Of the joint sequence."""
         return self.shape.tokens + self.text_tokens
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Of a prompt in its template, as the language model reads it."""
+        return self.template_tokens + self.text_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,13 +254,13 @@ def clip_bytes(dims: ClipDims, item: int) -> int:
     return item * (embeddings + dims.layers * layer + 2 * hidden)
 
 
-def text_activations(dims: LlamaDims, prompts: int, product: Product) -> int:
+def text_activations(dims: LlamaDims, clip: Clip, product: Product) -> int:
     """Of model.text.encode_texts: the states of all prompts, and a layer at work on one of them.
 
     CLIP runs first, with less. A layer's attention is counted as torch computes it on meta, without a fused kernel: in
     fp32, with all scores and with keys and values repeated for every head; a card needs less.
     """
-    item, tokens = product.item, TEMPLATE_TOKENS + TEXT_TOKENS
+    item, tokens = product.item, clip.encoded_tokens
     stream = tokens * dims.hidden
     keys = stream // dims.heads * dims.kv_heads
     scores = tokens * tokens * dims.heads
@@ -264,7 +271,7 @@ def text_activations(dims: LlamaDims, prompts: int, product: Product) -> int:
         product.run(tokens, *shape) for shape in ((dims.hidden, dims.mlp_hidden), (dims.mlp_hidden, dims.hidden))
     )
     mlp = stream * item + middle + max(2 * middle, widest)  # the sum with attention; gate, up and their product
-    states = (prompts + 1) * stream * item  # every prompt's, and the norm of the one at work
-    rotary = prompts * 2 * tokens * dims.hidden // dims.heads * item
+    states = (clip.prompts + 1) * stream * item  # every prompt's, and the norm of the one at work
+    rotary = clip.prompts * 2 * tokens * dims.hidden // dims.heads * item
     scratch = product.scratch(tokens, dims.hidden, dims.mlp_hidden)
     return states + rotary + scratch + max(attention, mlp)

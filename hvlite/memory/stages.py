@@ -221,7 +221,7 @@ def _kept_bytes(task: Task, choice: Choice, part: Part) -> int:
 
 
 def _text_activations(task: Task, choice: Choice) -> int:
-    return text_activations(task.dims.llama, task.clip.prompts, task.text_product)
+    return text_activations(task.dims.llama, task.clip, task.text_product)
 
 
 def _schedule_activations(task: Task, choice: Choice) -> int:
