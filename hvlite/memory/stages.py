@@ -28,6 +28,7 @@ from hvlite.memory.needs import (
     schedule_activations,
     step_bytes,
     text_activations,
+    texts_bytes,
 )
 from hvlite.memory.tiers import slot_sizes
 from hvlite.memory.workspaces import Kind
@@ -225,14 +226,20 @@ def _text_activations(task: Task, choice: Choice) -> int:
 
 
 def _schedule_activations(task: Task, choice: Choice) -> int:
-    return schedule_activations(task.dims.dit, task.clip, task.product)
+    """At its end the noise is made, beside the texts and what waits for the steps."""
+    dims, clip, item = task.dims.dit, task.clip, task.product.item
+    ending = texts_bytes(dims, clip, item) + _waiting_bytes(task) + latent_bytes(dims, clip)
+    return max(schedule_activations(dims, clip, task.product), ending)
 
 
 def _denoise_activations(task: Task, choice: Choice) -> int:
+    return _waiting_bytes(task) + denoise_activations(task.dims.dit, task.clip, choice.knobs, task.product)
+
+
+def _waiting_bytes(task: Task) -> int:
     """The conditioning of all steps waits on the host, which a CPU is itself."""
-    dims, clip, product = task.dims.dit, task.clip, task.product
-    waiting = conditioning_bytes(dims, clip, product.item, clip.steps) if task.kind == "cpu" else 0
-    return waiting + denoise_activations(dims, clip, choice.knobs, product)
+    clip = task.clip
+    return conditioning_bytes(task.dims.dit, clip, task.product.item, clip.steps) if task.kind == "cpu" else 0
 
 
 def _decode_activations(task: Task, choice: Choice) -> int:
