@@ -175,6 +175,8 @@ def changed(inputs: Inputs, flags: str) -> Inputs:
             height, width = map(int, value.split())
             frames = (clip.shape.frames - 1) * 4 + 1
             clip = replace(clip, shape=latent_shape((height, width), frames, HUNYUANVIDEO.vae))
+        elif flag == "steps":
+            clip = replace(clip, steps=int(value))
         elif flag == "cfg-scale":
             clip = replace(clip, prompts=1)
         elif flag == "weights":
@@ -219,6 +221,15 @@ def test_what_does_not_fit_is_refused_with_changes_that_do(inputs: Inputs, stage
     for flags in advice:
         assert flags in str(refusal.value)
         assert make_plan(changed(inputs, flags)).fits
+
+
+@pytest.mark.parametrize(("device_gib", "steps", "prompts"), [(4.9, 550, 2), (2.7, 1000, 1), (2.0, 1000, 1)])
+def test_too_many_steps_are_answered_with_fewer(device_gib: float, steps: int, prompts: int) -> None:
+    """Also where the clip itself is too large besides."""
+    inputs = inputs_of(clip_of(*HD, steps=steps, prompts=prompts), device_gib, 12, stored("int8", "nf4"))
+    advice = make_plan(inputs).advice()
+    assert any(re.search(r"--steps \d{3}", flags) for flags in advice)
+    assert all(make_plan(changed(inputs, flags)).fits for flags in advice)
 
 
 def test_a_card_that_is_too_small_for_anything_is_told_so() -> None:
