@@ -172,6 +172,7 @@ def _inputs(clip: Clip, profile: Profile, setting: Setting, room: Room | None, w
         ),
         budget=Budget(
             device_bytes=budget_bytes(profile, room),
+            room_bytes=max(0, room.usable_bytes - round(profile.reserve_gib * GIB)),
             host_bytes=host_budget(profile, room),
             disk_bytes=room.disk_bytes,
         ),

@@ -18,6 +18,7 @@ from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Choice, Stage, stage_need
 from hvlite.memory.tiers import STAGING, spread
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
+from hvlite.memory.workspaces import Kind
 from tests.plans import GIB, HD, PROFILES, SMALL, clip_of, inputs_of, profile_inputs, stored
 
 BLOCKS = HUNYUANVIDEO.dit.blocks
@@ -232,10 +233,22 @@ def test_too_many_steps_are_answered_with_fewer(device_gib: float, steps: int, p
     assert all(make_plan(changed(inputs, flags)).fits for flags in advice)
 
 
-def test_a_card_that_is_too_small_for_anything_is_told_so() -> None:
-    plan = make_plan(inputs_of(clip_of(*HD), 0.5, 12, stored("bf16", "nf4")))
-    with pytest.raises(DoesNotFit, match="No smaller clip fits either"):
-        plan.check()
+@pytest.mark.parametrize(
+    ("kind", "room_gib", "words"),
+    [
+        ("cuda", None, "it needs another card"),
+        ("cuda", 0.5, "it needs another card"),
+        ("cuda", 7.5, "raise --memory, 7.50 GiB may be used here"),
+        ("cpu", 0.5, "it needs more memory"),
+        ("cpu", 20, "raise --memory, 20.00 GiB may be used here"),
+    ],
+)
+def test_where_nothing_fits_the_way_out_is_named(kind: Kind, room_gib: float | None, words: str) -> None:
+    inputs = inputs_of(clip_of(*HD), 0.5, 12, stored("bf16", "nf4"))
+    room = None if room_gib is None else round(room_gib * GIB)
+    inputs = replace(inputs, task=replace(inputs.task, kind=kind), budget=replace(inputs.budget, room_bytes=room))
+    with pytest.raises(DoesNotFit, match=rf"No smaller clip fits either: {words}\."):
+        make_plan(inputs).check()
 
 
 @pytest.mark.parametrize("stage", STAGES)

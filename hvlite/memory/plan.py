@@ -81,8 +81,15 @@ class Plan:
         if self.fits:
             return
         changes = self.advice()
-        advice = f"Try {', or '.join(changes)}." if changes else "No smaller clip fits either: it needs another card."
+        advice = f"Try {', or '.join(changes)}." if changes else f"No smaller clip fits either: {self._way_out()}."
         raise DoesNotFit(f"{self._shortage()}. {advice}")
+
+    def _way_out(self) -> str:
+        """Where no change of the clip helps."""
+        budget = self.inputs.budget
+        if budget.room_bytes is not None and budget.room_bytes > budget.device_bytes:
+            return f"raise --memory, {_size(budget.room_bytes)} may be used here"
+        return "it needs more memory" if self.inputs.task.kind == "cpu" else "it needs another card"
 
     def _shortage(self) -> str:
         """What there is too little of, with both numbers."""
