@@ -199,7 +199,7 @@ def _print_plan(
         rate = disk_rate()
         seconds = f"{plan.disk_bytes_per_step / rate:.1f} s at {rate / 1e9:.1f} GB/s, while others are computed"
         moved += f", {gib(plan.disk_bytes_per_step)} of them from disk ({seconds})"
-    print(f"{moved}; {gib(plan.once_bytes)} once a clip; {gib(plan.host_bytes)} of host memory for weights")
+    print(f"{moved}; {gib(plan.once_bytes)} once a clip; {gib(plan.host_bytes)} of host memory")
     print(f"decoded in tiles of {tiles_text(plan.tiles)}" if plan.spilled is None else "decoded without tiles", end="")
     print(f": {plan.decoded_volume:.2f} times the clip's volume")
     if plan.warm:

@@ -13,7 +13,7 @@ from hvlite.dims import HUNYUANVIDEO, latent_shape
 from hvlite.errors import DoesNotFit, ExitCode
 from hvlite.memory.choice import Asked, Budget, Inputs, Others
 from hvlite.memory.geometry import EXACT, Exact
-from hvlite.memory.needs import Knobs
+from hvlite.memory.needs import ITEM_BYTES, Knobs, conditioning_bytes
 from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Choice, Stage, stage_need
 from hvlite.memory.tiers import STAGING, spread
@@ -58,7 +58,8 @@ def test_large_cards_keep_everything_between_clips() -> None:
     assert plan.bytes_per_step == 0
     slabs = plan.inputs.task.stored.slabs
     passing = [size for name, size in slabs.items() if name.startswith(("text_layers", "double", "single"))]
-    assert plan.host_bytes == STAGING * max(passing)  # through which all of it came once
+    vectors = conditioning_bytes(HUNYUANVIDEO.dit, clip_of(*HD), ITEM_BYTES["bf16"], 50)
+    assert plan.host_bytes == STAGING * max(passing) + vectors  # through which all of it came once; which wait there
     cold = make_plan(profile_inputs("6g", clip_of(*HD)))
     assert not cold.warm
     assert not cold.text_residents
@@ -290,6 +291,13 @@ def test_the_host_keeps_streamed_blocks_and_the_disk_gives_the_rest(host_gib: fl
     streamed = sum(size for name, size in slabs.items() if re.match(r"(double|single)_blocks", name))
     assert plan.bytes_per_step < streamed
     assert 16.8 * GIB < streamed < 17 * GIB
+
+
+@pytest.mark.parametrize(("device_gib", "host_gib", "is_told"), [(5.2, 0, True), (22, 0, True), (22, 1, False)])
+def test_host_memory_that_is_taken_all_the_same_is_told(device_gib: float, host_gib: float, is_told: bool) -> None:
+    plan = make_plan(inputs_of(clip_of(*HD), device_gib, host_gib, stored("int8", "nf4")))
+    assert (plan.host_bytes > host_gib * GIB) == is_told
+    assert any("0.60 GiB of host memory are taken" in note for note in plan.notes) == is_told
 
 
 def test_a_plan_for_some_stages_looks_at_no_other() -> None:

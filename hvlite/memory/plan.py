@@ -178,7 +178,12 @@ def _notes(inputs: Inputs, choice: Choice, host: HostPlan) -> list[str]:
     if host.disk_bytes_per_step and inputs.task.kind == "cuda":
         notes.append(
             f"{host.disk_bytes_per_step / GIB:.1f} of {host.wanted_bytes / GIB:.1f} GiB of streamed blocks are read "
-            f"from disk at every step: {inputs.budget.host_bytes / GIB:.1f} GiB of host memory may hold weights"
+            f"from disk at every step: {inputs.budget.host_bytes / GIB:.1f} GiB of host memory may be used"
+        )
+    if host.host_bytes > inputs.budget.host_bytes:
+        notes.append(
+            f"{_size(host.host_bytes)} of host memory are taken, though {_size(inputs.budget.host_bytes)} may be used: "
+            "the vectors of all steps wait there, and weights pass through it from disk"
         )
     if "decode" not in inputs.stages:
         return notes
