@@ -146,10 +146,9 @@ def _trace(request: Request, profile: Profile, how: ModelFlags, tiles: AskedTile
     """What the line holds in each stage, counted."""
     talk = Talk()
     with interruptible(talk):
-        from hvlite.opened import open_model
-        from hvlite.proof import trace_clip
+        from hvlite.proof import open_on_meta, trace_clip
 
-        with open_model(how.model or REAL, profile, "meta") as model:
+        with open_on_meta(how.model or REAL, profile, setting_for(how, profile), how.files()) as model:
             peaks = trace_clip(request, model, tiles, lambda stage: talk.say(f"tracing {stage}"))
     return {peak.stage: peak for peak in peaks}
 

@@ -1,7 +1,11 @@
 """The proof of a plan: the very line that renders, run on meta with the real dims, and every byte counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from hvlite.events import Stage
 from hvlite.line import generate
@@ -9,9 +13,20 @@ from hvlite.memory.geometry import AUTO, AskedTiles
 from hvlite.memory.needs import TEXT_TOKENS
 from hvlite.memory.trace import StagePeak, Trace
 from hvlite.opened import Model
-from hvlite.planning import Wishes
+from hvlite.origin import DimsOnly, find_origin
+from hvlite.planning import Setting, Wishes
+from hvlite.profile import Profile
 from hvlite.request import Request
 from hvlite.run import Outputs
+
+
+def open_on_meta(
+    model: str | Path, profile: Profile, setting: Setting, files: Mapping[str, Path | None]
+) -> closing[Model]:
+    """What is planned for: weights in these formats, packed or not yet, or a checkpoint that is used as it is."""
+    formats = setting.formats
+    origin = find_origin(model, files) if formats is None else DimsOnly(setting.dims, formats, setting.dynamic)
+    return closing(Model(origin, profile, torch.device("meta")))
 
 
 def trace_clip(

@@ -25,7 +25,7 @@ from hvlite.opened import Model, open_model
 from hvlite.origin import DimsOnly
 from hvlite.planning import Wishes
 from hvlite.profile import load_profile
-from hvlite.proof import trace_clip
+from hvlite.proof import open_on_meta, trace_clip
 from hvlite.request import Request
 from hvlite.run import Outputs, Run
 from hvlite.weights.layout import Formats
@@ -133,11 +133,23 @@ def test_an_image_has_a_template_of_its_own(prompts: int) -> None:
         check_all_but_decode(model, request_of(IMAGE, prompts))
 
 
-@pytest.mark.parametrize(("clip", "prompts"), [((64, 64, 17), 2), ((544, 960, 33), 1)])
-def test_a_tiny_model_holds_what_is_planned(clip: Size, prompts: int) -> None:
-    """Where blocks are narrow, the longest prompt, the noise and the latents cut in patches are what counts."""
-    request = request_of(clip, prompts)
-    with open_model("shapes", load_profile("8g"), "meta") as model:
+@pytest.mark.parametrize(
+    ("clip", "prompts", "formats"),
+    [
+        ((64, 64, 17), 2, None),
+        ((544, 960, 33), 1, None),
+        ((544, 960, 33), 1, Formats(weights="int8", text_weights="nf4")),
+    ],
+)
+def test_a_tiny_model_holds_what_is_planned(clip: Size, prompts: int, formats: Formats | None) -> None:
+    """Where blocks are narrow, the longest prompt, the noise and the latents cut in patches are what counts.
+
+    In formats that it is not packed in it is traced as it would be.
+    """
+    request, profile = request_of(clip, prompts), load_profile("8g")
+    with open_model("shapes", profile, "meta") as model:
+        setting = replace(model.setting, formats=formats)
+    with open_on_meta("shapes", profile, setting, {}) as model:
         plan = model.plan(request.resolve(model.dims))
         for peak in trace_clip(request, model):
             assert plan.stage(cast(StageName, peak.stage)).live_bytes == pytest.approx(peak.peak_bytes, rel=0.02), peak
