@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hvlite.cli_flags import ModelFlags, RequestFlags
 from hvlite.cli_outlook import REAL, clip_text, disk_rate, gib, profile_name, rates_for, room_here, setting_for
 from hvlite.errors import ExitCode, HvliteError, RequestError
+from hvlite.memory.choice import steps_left
 from hvlite.memory.geometry import AUTO, AskedTiles, parse_tiles, tiles_text
 from hvlite.memory.plan import Plan
 from hvlite.memory.predict import Prediction, predict
@@ -18,6 +19,7 @@ from hvlite.request import Request, ResolvedRequest
 
 if TYPE_CHECKING:
     from hvlite.memory.trace import StagePeak
+    from hvlite.unfinished import Knobs
 
 # How far a plan may be from its trace.
 TRACE_TOLERANCE = 0.02
@@ -72,19 +74,32 @@ def plan_command(
 def plan_here(request: Request, how: ModelFlags, resume: Path | None, *, as_json: bool) -> int:
     """What `gen` would do with these on this machine now; with `resume`, what is left of that clip."""
     tiles = parse_tiles(how.decode_tile or AUTO)
-    wishes = Wishes(tiles=tiles)
-    if resume is not None:
-        from hvlite.line import wishes_of
-        from hvlite.run import Outputs
-        from hvlite.unfinished import load_unfinished
-
-        wishes = wishes_of(Outputs(decode_tile=tiles), load_unfinished(resume))
     profile = load_profile(profile_name(how), **how.overrides())
     room = None if how.device == "meta" else room_here(how)
     setting = setting_for(how, profile, room)
     resolved = request.resolve(setting.dims)
-    shown = Shown(profile=profile, setting=setting, resolved=resolved, room=room, wishes=wishes)
-    return show_plan(replace(shown, rates=rates_for(None, setting, profile)), as_json=as_json)
+    shown = Shown(
+        profile=profile,
+        setting=setting,
+        resolved=resolved,
+        room=room,
+        wishes=Wishes(tiles=tiles),
+        rates=rates_for(None, setting, profile),
+    )
+    return show_plan(shown if resume is None else _resumed(shown, resume), as_json=as_json)
+
+
+def _resumed(shown: "Shown", path: Path) -> "Shown":
+    """With what an earlier run left of the clip; RequestError where it cannot go on with that."""
+    from hvlite.line import wishes_of
+    from hvlite.run import Outputs
+    from hvlite.unfinished import load_unfinished
+
+    saved = load_unfinished(path)
+    # which weights these are is not known before they are opened
+    saved.check(path, shown.resolved, shown.setting.dims, saved.made.model.fingerprint, shown.profile.dtype)
+    began = None if saved.progress is None else saved.progress.knobs
+    return replace(shown, wishes=wishes_of(Outputs(decode_tile=shown.wishes.tiles), saved), began=began)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +113,16 @@ class Shown:
     wishes: Wishes
     rates: Rates | None = None
     traced: "dict[str, StagePeak] | None" = None
+    began: "Knobs | None" = None
 
 
 def show_plan(shown: Shown, *, as_json: bool) -> int:
     """Make the plan, print it, and say by the exit code whether it fits and agrees with its trace."""
     plan = plan_clip(shown.resolved, shown.profile, shown.setting, shown.room, shown.wishes)
+    if shown.began is not None:
+        from hvlite.run import differences, knobs_of
+
+        plan = replace(plan, notes=(*plan.notes, *differences(shown.began, knobs_of(plan))))
     can_predict = shown.rates is not None and plan.fits
     predicted = predict(plan, shown.rates) if can_predict and shown.rates else None
     if as_json:
@@ -110,7 +130,7 @@ def show_plan(shown: Shown, *, as_json: bool) -> int:
     else:
         _print_plan(plan, shown.profile, shown.setting, shown.resolved, shown.traced)
         if shown.rates is not None and predicted is not None:
-            _print_prediction(predicted, shown.rates, shown.resolved.steps)
+            _print_prediction(predicted, shown.rates, steps_left(plan.inputs))
     for need in plan.stages if shown.traced is not None else ():
         traced = shown.traced[need.name].peak_bytes if shown.traced else 0
         if abs(traced - need.live_bytes) > TRACE_TOLERANCE * traced:

@@ -295,6 +295,10 @@ def decode_file(path: Path, model: Model, outputs: Outputs | None = None) -> Gen
 
     Latents that a failed run left in hvlite's own folder are removed when the clip is written; others stay.
     """
+    yield from model.alone(_decode_file(path, model, outputs or Outputs()))
+
+
+def _decode_file(path: Path, model: Model, outputs: Outputs) -> Generator[Event, None, None]:
     saved = load_latents(path)
     made = metadata.decode(saved.request, path)
     if saved.progress is not None:
@@ -307,7 +311,7 @@ def decode_file(path: Path, model: Model, outputs: Outputs | None = None) -> Gen
         yield Note(f"these latents were made with other weights (model {made.model.name}): the clip may differ")
     if model.device.type == "meta":
         raise RequestError("device meta computes nothing, so there is no clip to write: use --device cpu or cuda")
-    outputs = with_tiles_of(made, outputs or Outputs())
+    outputs = with_tiles_of(made, outputs)
     plan = model.plan(made.request, Wishes(tiles=outputs.decode_tile, stages=("decode",)))
     yield from map(Note, plan.notes)
     run = Run(model, made.request, outputs, plan, made.bit_exact)

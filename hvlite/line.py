@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from hvlite import profile as profiles
 from hvlite import sampler
 from hvlite.clip import choose_places, finish, finish_on_meta, made_so_far, with_tiles_of
 from hvlite.dims import LatentShape, latent_shape
 from hvlite.errors import RequestError
 from hvlite.events import BlockDone, Chosen, Event, Loaded, Note, Parked, Preview, Saved, Stage, StepDone
+from hvlite.memory.needs import Knobs
 from hvlite.memory.stages import Stage as StageName
 from hvlite.memory.streamer import Visited, Walk
 from hvlite.memory.trace import to_host
@@ -27,7 +27,7 @@ from hvlite.opened import Model, open_model
 from hvlite.planning import Wishes
 from hvlite.profile import Profile
 from hvlite.request import Request, ResolvedRequest, request_notes
-from hvlite.run import Outputs, Run, released
+from hvlite.run import MORE_MEMORY, SMALLER_CLIP, Outputs, Run, differences, released
 from hvlite.unfinished import Progress, Unfinished, load_unfinished, save_unfinished
 
 # On meta nothing differs from the second step on.
@@ -51,31 +51,37 @@ def generate(
     `prompts`, if given, are the states of `prompts_of(request)` from `encode_prompts`: no encoder is loaded. `resume`
     is a file of latents that an earlier run of the same request left: it goes on from there.
     """
-    if not isinstance(model, Model):
-        with open_model(model, profile, device=device) as opened:
-            yield from generate(request, opened, outputs=outputs, prompts=prompts, resume=resume)
+    outputs = outputs or Outputs()
+    if isinstance(model, Model):
+        yield from model.alone(_generate(request, model, outputs, prompts, resume))
         return
+    with open_model(model, profile, device=device) as opened:
+        yield from opened.alone(_generate(request, opened, outputs, prompts, resume))
+
+
+def _generate(
+    request: Request, model: Model, outputs: Outputs, prompts: Sequence[PromptStates] | None, resume: Path | None
+) -> Generator[Event, None, None]:
     resolved = request.resolve(model.dims)
     if prompts is not None and len(prompts) != len(prompts_of(resolved)):
         raise RequestError(f"{len(prompts)} prompt states were given; this request needs {len(prompts_of(resolved))}")
-    outputs = outputs or Outputs()
     saved = None if resume is None else load_unfinished(resume)
     if saved is not None:
         outputs = with_tiles_of(saved.made, outputs)
     if resume is not None and saved is not None:
         saved.check(resume, resolved, model.dims, model.origin.fingerprint, model.profile.dtype)
-    knobs = saved.progress.knobs if saved is not None and saved.progress is not None else None
+    began = saved.progress.knobs if saved is not None and saved.progress is not None else None
     run = Run(model, resolved, outputs, model.plan(resolved, wishes_of(outputs, saved)))
-    differences = run.differences(knobs)
-    run.bit_exact = not differences and (saved is None or saved.made.bit_exact)
+    changes = differences(began, run.knobs)
+    run.bit_exact = not changes and (saved is None or saved.made.bit_exact)
     places = None if model.device.type == "meta" else choose_places(outputs, resolved, resume)
     saving = None if places is None else Saving(places.latents, outputs.save_seconds)
-    model.begin_run()
-    yield from map(Note, (*request_notes(request, model.dims), *run.plan.notes, *run.differences(knobs)))
+    yield from map(Note, (*request_notes(request, model.dims), *run.plan.notes, *changes))
     if places is not None:
         yield Chosen(places.clip, places.latents)
-    with released(model, lambda: run.plan):
+    with released(model, lambda: run.plan, SMALLER_CLIP if saved is None else MORE_MEMORY):
         clip = (yield from begin(run, prompts)) if saved is None else go_on(run, saved)
+        saved = None  # or its conditionings would stay beside the decode
         yield from denoise(run, clip, saving)
         if places is None:
             yield from finish_on_meta(run, clip.latents)
@@ -93,8 +99,8 @@ def wishes_of(outputs: Outputs, saved: Unfinished | None) -> Wishes:
     if saved.progress is None:
         return Wishes(tiles=tiles, stages=("decode",))
     before = saved.progress.knobs
-    knobs = profiles.Knobs(token_chunk=before.token_chunk, head_groups=before.head_groups)
-    return Wishes(tiles=tiles, knobs=knobs, stages=("denoise", "decode"))
+    knobs = Knobs(token_chunk=before.token_chunk, head_groups=before.head_groups)
+    return Wishes(tiles=tiles, knobs=knobs, stages=("denoise", "decode"), done=saved.progress.done)
 
 
 @dataclass(slots=True)

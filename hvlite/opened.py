@@ -5,17 +5,18 @@ go. Blocks of a packed store are streamed (`memory.streamer`) or stay on the dev
 checkpoint, which is small, are loaded whole.
 """
 
+import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from hvlite.dims import HUNYUANVIDEO, ModelDims
-from hvlite.errors import ProfileError
+from hvlite.errors import ProfileError, RequestError
 from hvlite.events import Note
 from hvlite.machine import AUTO, as_of_now, auto_profile, default_profile, room_of
 from hvlite.memory.device import cap, check_dtype, choose_device, forget_peak, give_back, make_lanes, used_peak
@@ -49,6 +50,8 @@ from hvlite.request import ResolvedRequest
 from hvlite.weights.layout import Formats
 from hvlite.weights.pack import Progress
 
+Value = TypeVar("Value")
+
 # What a step uses of the transformer beside its blocks; all else of it is used once, before the first step.
 USED_BY_STEPS = ("img_in.", "final_linear.")
 EVERY = ("",)
@@ -70,6 +73,7 @@ class Model:
         self.pool = None if origin.slabs is None else Pool(origin.slabs, self.lanes, pin_bytes=pin_bytes)
         self._residents: dict[str, Sequence[str]] = {}
         self._pinned: Sequence[str] = ()
+        self._run: weakref.ref[Generator[Any, None, None]] | None = None
 
     @property
     def dims(self) -> ModelDims:
@@ -140,9 +144,26 @@ class Model:
         plan.check()
         return plan
 
-    def begin_run(self) -> None:
-        """Count the peak of one clip from here."""
+    def alone(self, run: Generator[Value, None, None]) -> Generator[Value, None, None]:
+        """All that `run` yields. A model makes one clip at a time: a run that was left before its end is ended first.
+
+        Whoever goes on with that one gets a RequestError. The peak is counted anew.
+        """
+        self.end_run()
+        self._run = weakref.ref(run)
         forget_peak(self.device)
+        yield from run
+        if self._running() is not run:
+            raise RequestError("this clip was left before its end, and its model went on without it: resume it")
+
+    def end_run(self) -> None:
+        """What was left before its end gives back what it holds, and keeps its steps."""
+        run, self._run = self._running(), None
+        if run is not None:
+            run.close()
+
+    def _running(self) -> Generator[Any, None, None] | None:
+        return None if self._run is None else self._run()
 
     def notes(self) -> list[str]:
         """What a user should know of the host's memory; each is given once."""
@@ -259,7 +280,7 @@ class Model:
         return part.module
 
     def peak_bytes(self) -> int | None:
-        """The most that the card has given since `begin_run`; None where there is none."""
+        """The most that the card has given since the run began; None where there is none."""
         return used_peak(self.device)
 
     @property
@@ -301,9 +322,12 @@ class Model:
 
     def close(self) -> None:
         """Give everything back."""
-        self.release()
-        if self.pool is not None:
-            self.pool.close()
+        try:
+            self.end_run()
+        finally:
+            self.release()
+            if self.pool is not None:
+                self.pool.close()
 
 
 def exhaust(work: Iterator[object]) -> None:
@@ -346,9 +370,9 @@ def open_model(
         assert opened.room is not None
         cap(chosen, budget_bytes(profile, opened.room))
     try:
-        yield opened
+        with closing(opened):
+            yield opened
     finally:
-        opened.close()
         cap(chosen, None)
 
 

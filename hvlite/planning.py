@@ -11,13 +11,12 @@ from typing import Literal
 from hvlite.dims import HUNYUANVIDEO, ModelDims, latent_shape
 from hvlite.memory.choice import Asked, Budget, Inputs, Others
 from hvlite.memory.geometry import AUTO, AskedTiles, parse_tiles
-from hvlite.memory.needs import TEMPLATE_TOKENS, Clip
+from hvlite.memory.needs import TEMPLATE_TOKENS, Clip, Knobs
 from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Stage, Stored, Task
 from hvlite.profile import (
     CPU,
     GIB,
-    Knobs,
     Profile,
     Room,
     Verdict,
@@ -124,12 +123,14 @@ def fits_by_plan(profile: Profile, room: Room) -> Verdict:
 class Wishes:
     """What a user or an earlier run has chosen, over the profile.
 
-    `knobs` are those that a clip began with, to be kept where they fit; `stages` those that are still to come.
+    `knobs` are those that a clip began with, kept where they fit and the profile names no others; `stages` those that
+    are still to come, after `done` steps.
     """
 
     tiles: AskedTiles = "auto"
     knobs: Knobs | None = None
     stages: tuple[Stage, ...] = STAGES
+    done: int = 0
 
 
 def plan_clip(
@@ -156,7 +157,7 @@ def plan_text(prompts: int, profile: Profile, setting: Setting, room: Room | Non
 
 
 def _inputs(clip: Clip, profile: Profile, setting: Setting, room: Room | None, wishes: Wishes) -> Inputs:
-    knobs = wishes.knobs or profile.knobs
+    knobs = profile.knobs
     tiles = parse_tiles(profile.knobs.decode_tile) if wishes.tiles == AUTO else wishes.tiles
     room = room or named_room(profile)
     return Inputs(
@@ -178,6 +179,8 @@ def _inputs(clip: Clip, profile: Profile, setting: Setting, room: Room | None, w
         ),
         asked=Asked(token_chunk=knobs.token_chunk, head_groups=knobs.head_groups, tiles=tiles),
         stages=wishes.stages,
+        done=wishes.done,
+        began=wishes.knobs,
         others=partial(_others, profile, setting, room),
     )
 

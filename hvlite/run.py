@@ -22,6 +22,10 @@ from hvlite.profile import GIB
 from hvlite.request import ResolvedRequest
 from hvlite.unfinished import Knobs
 
+SMALLER_CLIP = "Try a smaller --size, or fewer --frames."
+# Of a clip that is resumed, size and length stay as they are.
+MORE_MEMORY = "Its steps are kept: go on with them where more memory is free."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
@@ -109,22 +113,7 @@ class Run:
     @property
     def knobs(self) -> Knobs:
         """What changes the clip's last bits without being asked for."""
-        return Knobs(
-            device=self.model.device.type,
-            dtype=self.model.profile.dtype,
-            attention=self.model.attention,
-            token_chunk=self.plan.token_chunk,
-            head_groups=self.plan.head_groups,
-            threads=torch.get_num_threads(),
-        )
-
-    def differences(self, before: Knobs | None) -> list[str]:
-        """What a user should know of a clip that went on with other knobs than it began with."""
-        if before is None or before == self.knobs:
-            return []
-        fields = [name for name in before.__struct_fields__ if getattr(before, name) != getattr(self.knobs, name)]
-        changes = ", ".join(f"{name} {getattr(before, name)} -> {getattr(self.knobs, name)}" for name in fields)
-        return [f"the clip goes on with other settings than it began with ({changes}): its last bits may differ"]
+        return knobs_of(self.plan)
 
     @property
     def memory(self) -> MemoryUsed:
@@ -137,10 +126,32 @@ class Run:
         )
 
 
+def knobs_of(plan: Plan) -> Knobs:
+    """Those of a clip that is made by this plan in this process."""
+    task = plan.inputs.task
+    return Knobs(
+        device=task.kind,
+        dtype=task.dtype,
+        attention=task.attention,
+        token_chunk=plan.token_chunk,
+        head_groups=plan.head_groups,
+        threads=torch.get_num_threads(),
+    )
+
+
+def differences(before: Knobs | None, now: Knobs) -> list[str]:
+    """What a user should know of a clip that goes on with other knobs than it began with."""
+    if before is None or before == now:
+        return []
+    fields = [name for name in before.__struct_fields__ if getattr(before, name) != getattr(now, name)]
+    changes = ", ".join(f"{name} {getattr(before, name)} -> {getattr(now, name)}" for name in fields)
+    return [f"the clip goes on with other settings than it began with ({changes}): its last bits may differ"]
+
+
 @contextmanager
-def released(model: Model, plan: Callable[[], Plan]) -> Iterator[None]:
+def released(model: Model, plan: Callable[[], Plan], advice: str = SMALLER_CLIP) -> Iterator[None]:
     """Give back what the plan does not keep: first what an earlier clip left, at the end, also after a failure, the
-    rest. A failed allocation becomes DoesNotFit."""
+    rest. A failed allocation becomes DoesNotFit, with `advice`."""
     try:
         model.keep_only(plan())
         yield
@@ -149,7 +160,7 @@ def released(model: Model, plan: Callable[[], Plan]) -> Iterator[None]:
             raise
         raise DoesNotFit(
             f"out of memory on {device_name(model.device)}, with a budget of {plan().budget_bytes / GIB:.2f} GiB: "
-            f"{str(error) or type(error).__name__}. Try a smaller --size, or fewer --frames."
+            f"{str(error) or type(error).__name__}. {advice}"
         ) from error
     finally:
         model.release(keep=plan().warm)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hvlite import paths
+from hvlite import Outputs, Request, generate, open_model, paths
+from hvlite.events import Parked
 from hvlite.memory.rates import card_rates, find_card, save_rates
 from hvlite.profile import load_profile
 from hvlite.telemetry import cpu_name
@@ -99,3 +100,25 @@ def test_what_the_disk_costs_is_told_in_seconds(capsys: pytest.CaptureFixture[st
     assert re.search(r"[0-9.]+ GiB of them from disk \([0-9.]+ s at 3\.5 GB/s", call(capsys, *ask)[1])
     save_rates(card_rates(find_card("4090"), disk_read=1e9), paths.rates_file())
     assert re.search(r"[0-9.]+ GiB of them from disk \([0-9.]+ s at 1\.0 GB/s", call(capsys, *ask)[1])
+
+
+def test_what_is_left_of_a_clip_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = card_rates(find_card("4090"), disk_read=1e9)
+    rates = replace(rates, made_by=f"{cpu_name()}, 2 threads, torch 2", compute={"fp32": rates.compute["bf16"]})
+    save_rates(rates, paths.rates_file())
+    file = tmp_path / "left.safetensors"
+    with open_model("shapes") as model:
+        run = generate(Request("a red circle", steps=8, frames=5), model, outputs=Outputs(latents=file, stop_after=2))
+        assert isinstance(list(run)[-1], Parked)
+    ask = ("gen", "--resume", str(file), "--model", "shapes", "--device", "cpu", "--dry-run")
+    code, out, _ = call(capsys, *ask)
+    assert code == 0
+    assert "text 0.0 s, schedule 0.0 s, 6 steps" in out
+    assert "may differ" not in out
+    code, out, _ = call(capsys, *ask, "--token-chunk", "512")
+    assert code == 0
+    assert "1 group of heads, 512 tokens a chunk" in out
+    assert "(token_chunk 2048 -> 512): its last bits may differ" in out
+    code, _, err = call(capsys, *ask, "--dtype", "bf16")
+    assert code == 2
+    assert "begun in fp32, now bf16" in err

@@ -10,6 +10,7 @@ import pytest
 from hvlite import paths
 from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import ProfileError
+from hvlite.memory import needs
 from hvlite.memory.tiles import PUBLISHED_TILES
 from hvlite.planning import Wishes, fits_by_plan, plan_clip, setting_of
 from hvlite.profile import (
@@ -316,7 +317,7 @@ def test_a_profiles_decode_tile_is_kept_to() -> None:
 
 def test_knobs_that_a_clip_began_with_are_kept_where_they_fit() -> None:
     resolved = Request("any", size=(720, 1280), frames=129).resolve(HUNYUANVIDEO)
-    began = Wishes(knobs=Knobs(head_groups=1, token_chunk=512), stages=("denoise", "decode"))
+    began = Wishes(knobs=needs.Knobs(head_groups=1, token_chunk=512), stages=("denoise", "decode"))
     found = []
     for memory in (12.0, 4.0):  # one group of heads takes 3.6 GiB of activations alone
         profile = load_profile("12g", memory_gib=memory, reserve_gib=0.5)
@@ -325,3 +326,11 @@ def test_knobs_that_a_clip_began_with_are_kept_where_they_fit() -> None:
         found.append((plan.token_chunk, plan.head_groups))
     assert found[0] == (512, 1)
     assert found[1][1] > 1
+
+
+def test_knobs_that_are_asked_for_win_over_those_that_a_clip_began_with() -> None:
+    resolved = Request("any").resolve(HUNYUANVIDEO)
+    began = Wishes(knobs=needs.Knobs(head_groups=1, token_chunk=2048), stages=("denoise", "decode"))
+    profile = load_profile("24g", head_groups=2)
+    plan = plan_clip(resolved, profile, setting_of(HUNYUANVIDEO, profile, asked=True), wishes=began)
+    assert (plan.head_groups, plan.token_chunk) == (2, 2048)

@@ -1,5 +1,6 @@
 """A clip that ends in the middle goes on where it was, and comes out as if it never had ended."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -15,11 +16,14 @@ from numpy.typing import NDArray
 from hvlite import Outputs, Request, generate, metadata, open_model
 from hvlite.clip import decode_file
 from hvlite.errors import DoesNotFit, RequestError
-from hvlite.events import BlockDone, Event, Finished, Note, Parked, Preview, Saved, Stage, StepDone
+from hvlite.events import BlockDone, Event, Finished, Note, Parked, Preview, Saved, Stage, StepDone, TileDone
 from hvlite.memory.geometry import make_tiles, tiles_text
 from hvlite.model.dit import Dit
 from hvlite.opened import Model
-from hvlite.unfinished import load_unfinished, save_unfinished
+from hvlite.origin import Checkpoint, find_origin
+from hvlite.packing import pack_model
+from hvlite.planning import stored_formats
+from hvlite.unfinished import Unfinished, load_unfinished, save_unfinished
 from hvlite.video.mp4 import read_frames, read_metadata
 
 REQUEST = Request("a red circle", steps=4, seed=2)
@@ -165,6 +169,72 @@ def test_the_steps_before_a_failure_are_kept(
     progress = load_unfinished(kept(own_home)).progress
     assert progress is not None
     assert progress.done == 2
+
+
+def test_a_run_that_was_left_is_ended_by_the_next(model: Model, tmp_path: Path, own_home: Path) -> None:
+    left = generate(REQUEST, model, outputs=Outputs(folder=tmp_path))
+    next(event for event in left if isinstance(event, StepDone))
+    whole = frames_of(list(generate(replace(REQUEST, seed=9), model, outputs=Outputs(folder=tmp_path))))
+    file = kept(own_home)
+    with pytest.raises(RequestError, match="left before its end"):
+        next(left)
+    assert load_unfinished(file).progress is not None
+    events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=file))
+    assert not np.array_equal(frames_of(events), whole)
+
+
+def test_a_model_closes_over_a_run_that_was_left(tiny_model: Path, tmp_path: Path, own_home: Path) -> None:
+    store = tmp_path / "store"
+    origin = find_origin(tiny_model, {})
+    assert isinstance(origin, Checkpoint)
+    list(pack_model(origin.sources, origin.dims, store, stored_formats("fp32", "fp32")))
+    with open_model(store) as model:
+        left = generate(REQUEST, model, outputs=Outputs(folder=tmp_path))
+        next(event for event in left if isinstance(event, StepDone))
+    assert not model.loaded
+    progress = load_unfinished(kept(own_home)).progress
+    assert progress is not None
+    assert progress.done == 1
+    left.close()
+
+
+def test_conditionings_do_not_stay_beside_the_decode(
+    model: Model, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, StepDone))
+    made = weakref.WeakSet[torch.Tensor]()
+
+    def loaded(path: Path) -> Unfinished:
+        found = load_unfinished(path)
+        made.update(each.double for each in found.conditionings)
+        return found
+
+    monkeypatch.setattr("hvlite.line.load_unfinished", loaded)
+    stream = generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=kept(own_home))
+    next(event for event in stream if isinstance(event, StepDone))
+    assert len(made) == 1
+    next(event for event in stream if isinstance(event, TileDone))
+    assert not made
+    stream.close()
+
+
+def test_a_resumed_clip_goes_down_the_rungs_of_its_knobs(
+    model: Model, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvlite.memory.choice.LEAST_GAIN", 0.0)
+    end_after(model, Outputs(folder=tmp_path), lambda event: isinstance(event, StepDone))
+    run_block, runs = Dit.run_block, iter(range(1000))
+
+    def failing(self: Dit, *arguments: object) -> None:
+        if next(runs) < 2:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        run_block(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Dit, "run_block", failing)
+    events = list(generate(REQUEST, model, outputs=Outputs(folder=tmp_path), resume=kept(own_home)))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert "2 groups of heads" in notes[-1]
+    assert isinstance(events[-1], Finished)
 
 
 def test_a_draft_is_parked_and_finished_later(model: Model, tmp_path: Path) -> None:

@@ -122,9 +122,10 @@ class Renderer:
         resolved = order.request.resolve(model.dims)
         saved = self._saved(clip, model, resolved)
         tiles = parse_tiles(order.how.decode_tile or "auto")
-        plan = model.plan(resolved, wishes_of(Outputs(decode_tile=tiles), saved))
+        wishes, resumes = wishes_of(Outputs(decode_tile=tiles), saved), saved is not None
+        del saved  # what it holds would stay beside what `generate` reads
+        plan = model.plan(resolved, wishes)
         suffix = ".png" if resolved.frames == 1 else ".mp4"
-        resumes = saved is not None
         self._port.say(Planned(resolved=resolved, predicted_bytes=plan.peak_bytes, suffix=suffix, resumes=resumes))
         go = self._port.answer(order.job)
         if go is None:

@@ -59,13 +59,24 @@ class Others:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """All that a choice is made from. `stages`: those that are still to come; `others`: to be asked where none fits."""
+    """All that a choice is made from; `others` are to be asked where none fits.
+
+    `stages` are those that are still to come, and `done` the steps that are not; `began` are the knobs of these, which
+    stay where no others were asked for.
+    """
 
     task: Task
     budget: Budget
     asked: Asked = Asked()
     stages: tuple[Stage, ...] = STAGES
+    done: int = 0
+    began: Knobs | None = None
     others: Callable[[], Others] = field(default=Others, compare=False, repr=False)
+
+
+def steps_left(inputs: Inputs) -> int:
+    """How many steps are still to come."""
+    return inputs.task.clip.steps - inputs.done if "denoise" in inputs.stages else 0
 
 
 def needs_of(inputs: Inputs, choice: Choice) -> tuple[StageNeed, ...]:
@@ -126,11 +137,13 @@ def _first(inputs: Inputs, stage: Stage, choices: Iterator[Choice]) -> Choice:
 
 def knobs_to_try(inputs: Inputs, *, easy: bool) -> list[Knobs]:
     """From the fastest to the leanest; a value that was asked for stays."""
-    asked, heads = inputs.asked, inputs.task.dims.dit.heads
-    chunks = [asked.token_chunk] if asked.token_chunk != "auto" else list(CHUNKS)
+    asked, began, heads = inputs.asked, inputs.began, inputs.task.dims.dit.heads
+    chunk = began.token_chunk if began is not None and asked.token_chunk == "auto" else asked.token_chunk
+    group = began.head_groups if began is not None and asked.head_groups == "auto" else asked.head_groups
+    chunks = [chunk] if chunk != "auto" else list(CHUNKS)
     groups = [number for number in range(1, heads + 1) if heads % number == 0]
-    if asked.head_groups != "auto":
-        groups = [max(number for number in groups if number <= max(1, asked.head_groups))]
+    if group != "auto":
+        groups = [max(number for number in groups if number <= max(1, group))]
     if easy:
         chunks = [chunk for chunk in chunks if chunk >= EASY_CHUNK] or chunks
         groups = [number for number in groups if number <= EASY_GROUPS] or groups
@@ -203,7 +216,11 @@ def _smaller_tiles(inputs: Inputs, choice: Choice) -> Iterator[Choice]:
 
 
 def _fewer_at_once(inputs: Inputs, choice: Choice) -> Iterator[Choice]:
-    """More groups of heads and shorter chunks as long as they are easy, then fewer residents, then the rest of both."""
+    """More groups of heads and shorter chunks as long as they are easy, then fewer residents, then the rest of both.
+
+    What was asked for stays; what a clip began with does not.
+    """
+    inputs = replace(inputs, began=None)
     choice = yield from _leaner_knobs(inputs, choice, easy=True)
     if inputs.task.stored.is_streamed:
         for count in range(len(choice.residents) - 1, -1, -1):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
+from hvlite.memory.choice import steps_left
 from hvlite.memory.needs import Product, rest_bytes
 from hvlite.memory.plan import Plan
 from hvlite.memory.rates import NOT_DEQUANTISED, BlockWork, Rates, block_seconds
@@ -110,7 +111,7 @@ def walk(blocks: Sequence[Work], rounds: int, ways: Ways) -> list[Round]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Seconds. `step` is one of the middle; `steps_s` all of them, the first one's waiting included.
+    """Seconds, of what is still to come. `step` is one of the middle; `steps_s` all, the first one's waiting included.
 
     `load_s` brings what is kept from then on, in the first clip only: residents and host memory. Of the decode it is
     only known what an exact one moves (`spill_s`): how fast convolutions are is not.
@@ -139,13 +140,16 @@ def predict(plan: Plan, rates: Rates) -> Prediction:
     copy = None if task.kind == "cpu" else rates.host_to_device or inf
     ways = Ways(disk=rates.disk_read or inf, copy=copy)
     reading = rates.disk_cpu if task.kind == "cpu" else 0.0
-    steps = walk(_block_work(plan, rates, reading), max(2, task.clip.steps), ways)
+    stages, left = plan.inputs.stages, steps_left(plan.inputs)
+    steps = walk(_block_work(plan, rates, reading), max(2, left), ways)
+    text = walk(_layer_work(plan, rates, reading), int("text" in stages), ways)
+    schedule = walk(_modulation_work(plan, rates, reading), int("schedule" in stages), ways)
     return Prediction(
         step=steps[-1],
-        steps_s=sum(step.seconds for step in steps[: task.clip.steps]),
-        text_s=sum(each.seconds for each in walk(_layer_work(plan, rates, reading), 1, ways)),
-        schedule_s=sum(each.seconds for each in walk(_modulation_work(plan, rates, reading), 1, ways)),
-        load_s=_kept_bytes(plan) / min(ways.disk, ways.copy or ways.disk),
+        steps_s=sum(step.seconds for step in steps[:left]),
+        text_s=sum(each.seconds for each in text),
+        schedule_s=sum(each.seconds for each in schedule),
+        load_s=_kept_bytes(plan) / min(ways.disk, ways.copy or ways.disk) if left else 0.0,
         spill_s=_spill_seconds(plan, ways),
     )
 
