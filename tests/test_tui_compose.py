@@ -237,6 +237,35 @@ async def test_prompts_come_back_across_sessions() -> None:
         assert screen_of(hands).prompt.text == "second"
 
 
+async def test_the_next_prompt_is_another_one_with_the_same_settings() -> None:
+    async with opened() as hands:
+        await hands.press("n")
+        await hands.type("gap 0")
+        await put(hands, steps="8")
+        await hands.press("tab", "ctrl+s", "n")
+        await hands.type("gap 1")
+        await hands.press("ctrl+s")
+        assert prompts("queued") == ["gap 0", "gap 1"]
+        assert [job.request.steps for job in jobs("queued") if job.request is not None] == [8, 8]
+        await hands.press("n", "ctrl+up")
+        assert screen_of(hands).prompt.text == "gap 1"
+
+
+async def test_what_is_half_written_is_the_entry_after_the_newest_prompt() -> None:
+    async with opened(memory=Memory(prompts=("second", "first"), templates={"quick": {"steps": "8"}})) as hands:
+        await hands.press("2", "ctrl+down")
+        await hands.type("half")
+        await hands.press("ctrl+up", "ctrl+up", "ctrl+up")
+        assert screen_of(hands).prompt.text == "first"
+        await hands.type("x")
+        await hands.press("ctrl+down", "ctrl+t", "enter")
+        assert (screen_of(hands).prompt.text, screen_of(hands).form()) == ("second", {"steps": "8"})
+        await hands.press("ctrl+down", "ctrl+down")
+        assert screen_of(hands).prompt.text == "half"
+        await hands.press("ctrl+up", "ctrl+up")
+        assert screen_of(hands).prompt.text == "xfirst"
+
+
 async def test_settings_are_kept_under_a_name_taken_and_dropped() -> None:
     async with opened() as hands:
         await hands.press("2")

@@ -4,7 +4,7 @@ A job that is changed, or made again, takes the form for a while: what was half 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as made
 from math import inf
@@ -96,7 +96,8 @@ class ComposeScreen(MainScreen):
         self.page, self.draft = Page(), Page()
         self.filled = Filled(faults={"prompt": ""})
         self.warned: Filled | None = None
-        self._back_in_time = -1
+        self._entries: list[str] = []
+        self._entry = 0
         self._planned_at = inf
 
     def compose(self) -> ComposeResult:
@@ -149,12 +150,17 @@ class ComposeScreen(MainScreen):
 
     def fill(self, page: Page) -> None:
         """Put these values into the form, in place of what is there."""
-        self.page = page
-        with self.prevent(Input.Changed, TextArea.Changed):
+        self.page, self._entries = page, []
+        with self.prevent(TextArea.Changed):
             self.prompt.text = page.prompt
-            for box in self.query(".field Input").results(Input):
-                box.value = page.form.get(box.id or "", "")
         self.query_one("#form-title", Static).update(page.title)
+        self._fill_fields(page.form)
+
+    def _fill_fields(self, form: Mapping[str, str]) -> None:
+        """The settings; the prompt stays."""
+        with self.prevent(Input.Changed):
+            for box in self.query(".field Input").results(Input):
+                box.value = form.get(box.id or "", "")
         self.prompt.focus()
         self._check()
 
@@ -252,7 +258,8 @@ class ComposeScreen(MainScreen):
         self.hvlite.remember(self.hvlite.memory.with_prompts(prompts))
         numbers = f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"
         self.hvlite.tell(f"queued {numbers}; u: undo")
-        self._back_in_time = -1
+        if self.page.source is None:
+            self.fill(Page(form=self.form()))  # the next prompt is another one, with the same settings
         self.give_back()
         self.hvlite.go("queue")
 
@@ -280,10 +287,13 @@ class ComposeScreen(MainScreen):
         self._recall(-1)
 
     def _recall(self, step: int) -> None:
-        prompts = self.hvlite.memory.prompts
-        self._back_in_time = max(-1, min(self._back_in_time + step, len(prompts) - 1))
-        if prompts:
-            self.prompt.text = prompts[self._back_in_time] if self._back_in_time >= 0 else ""
+        """Through what was queued, newest first; entry 0 is what was being written, and every change stays for now."""
+        if not self._entries:
+            self._entries, self._entry = ["", *self.hvlite.memory.prompts], 0
+        to = max(0, min(self._entry + step, len(self._entries) - 1))
+        if to != self._entry:
+            self._entries[self._entry] = self.prompt.text
+            self._entry, self.prompt.text = to, self._entries[to]
 
     def action_template(self) -> None:
         self.app.push_screen(Templates(self.hvlite.memory.templates), self._use_template)
@@ -295,7 +305,7 @@ class ComposeScreen(MainScreen):
         deed, name = answer
         memory = self.hvlite.memory
         if deed == "take":
-            self.fill(replace(self.page, prompt=self.prompt.text, form=memory.templates.get(name, {})))
+            self._fill_fields(memory.templates.get(name, {}))
             return
         rest = {key: form for key, form in memory.templates.items() if key != name}
         self.hvlite.remember(replace(memory, templates={**rest, name: self.form()} if deed == "keep" else rest))
