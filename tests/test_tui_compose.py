@@ -1,6 +1,9 @@
 """The composer: from typing to jobs in the queue."""
 
+import asyncio
 from pathlib import Path
+from threading import Event
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -49,6 +52,33 @@ async def test_a_prompt_is_typed_and_queued() -> None:
         assert request is not None
         assert request.size == (64, 96)
         assert hands.app.current_mode == "queue"
+
+
+async def test_the_same_key_twice_queues_once() -> None:
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="an apple")
+        store, go_on = store_of(hands.app), Event()
+        add = store.add
+
+        def slow(*args: Any, **kwargs: Any) -> list[int]:
+            assert go_on.wait(60)
+            return add(*args, **kwargs)
+
+        with mock.patch.object(store, "add", side_effect=slow) as asked:
+            await hands.pilot.press("ctrl+s")
+            while not asked.called:
+                await asyncio.sleep(0.002)
+            await hands.pilot.press("ctrl+s")
+            assert "still writing what was asked before" in hands.told()
+            go_on.set()
+            await hands.settle()
+        screen = hands.app._screen_stacks["compose"][0]
+        assert isinstance(screen, ComposeScreen)
+        screen.prompt.text = "half written"
+        screen.action_add()
+        await hands.settle()
+        assert prompts() == ["an apple"]
 
 
 async def test_next_in_line_and_several_at_once() -> None:

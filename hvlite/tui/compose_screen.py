@@ -221,6 +221,12 @@ class ComposeScreen(MainScreen):
         self._queue(first=True)
 
     def _queue(self, *, first: bool) -> None:
+        if self.hvlite.front is not self:
+            return  # a second key in the same burst: the first one has left this screen
+        if self.hvlite.undone_work:
+            busy = "the queue is still writing what was asked before; this key was left out"
+            self.hvlite.tell(busy, severity="warning")
+            return
         filled = read_form(self.form(), self.prompt.text, self.hvlite.draw_seed)
         if filled.faults:
             self.hvlite.tell("; ".join(filled.faults.values()), severity="error")
