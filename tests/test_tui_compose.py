@@ -14,7 +14,7 @@ from hvlite.errors import QueueError
 from hvlite.jobs.job import How
 from hvlite.tui.compose_screen import ComposeScreen
 from hvlite.tui.dialogs import Reading
-from hvlite.tui.settings import Memory, read_memory
+from hvlite.tui.settings import Memory, read_memory, write_memory
 from tests.tui_hands import NOW, Hands, end, jobs, opened, prompts, queue, run_next, store_of
 
 pytestmark = pytest.mark.asyncio
@@ -310,6 +310,35 @@ async def test_settings_are_kept_under_a_name_taken_and_dropped() -> None:
         assert screen_of(hands).form() == {"size": "64x64", "steps": "8"}
         await hands.press("ctrl+t", "delete")
         assert read_memory().templates == {}
+
+
+async def test_two_windows_keep_what_each_of_them_remembers() -> None:
+    both = {"dropped": {"steps": "3"}, "shared": {"steps": "4"}}
+    assert write_memory(Memory(prompts=("old",), templates=both)) is None
+    async with opened(memory=read_memory()) as hands:
+        here, there = {"steps": "8"}, {"steps": "9"}
+        await hands.press("2")
+        await put(hands, prompt="here", steps="8")
+        other = read_memory().with_prompts(["there"]).with_template("theirs", there).with_template("shared", None)
+        assert write_memory(other) is None
+        await hands.press("ctrl+t", "delete", "ctrl+t", "shift+tab")
+        await hands.type("ours")
+        await hands.press("enter", "ctrl+s", "t")
+    found = read_memory()
+    assert found.prompts == ("here", "there", "old")
+    assert found.templates == {"theirs": there, "ours": here}
+    assert found.theme is not None
+
+
+async def test_what_cannot_be_kept_is_remembered_as_long_as_the_window_is_open() -> None:
+    paths.tui_state_file().mkdir(parents=True)
+    async with opened() as hands:
+        for prompt in ("first", "second"):
+            await hands.press("n")
+            await put(hands, prompt=prompt)
+            await hands.press("ctrl+s")
+        assert "cannot be written" in hands.told()
+        assert hands.app.memory.prompts == ("second", "first")
 
 
 async def test_a_damaged_queue_takes_nothing_away_from_what_was_written() -> None:

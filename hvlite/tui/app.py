@@ -216,9 +216,11 @@ class HvliteApp(App[None]):
         """A note in the corner, for some seconds."""
         self.notify(text, severity=severity, markup=False, timeout=5 if severity == "information" else 10)
 
-    def remember(self, memory: Memory) -> None:
-        self.memory = memory
+    def remember(self, change: Callable[[Memory], Memory]) -> None:
+        """Change what is kept now, another window's prompts and templates among it."""
+        memory = change(read_memory())
         fault = write_memory(memory)
+        self.memory = memory if fault is None else change(self.memory)
         if fault is not None:
             self.tell(fault, severity="warning")
 
@@ -335,7 +337,7 @@ class HvliteApp(App[None]):
     def action_theme(self) -> None:
         at = THEMES.index(self.theme) if self.theme in THEMES else -1
         self.theme = THEMES[(at + 1) % len(THEMES)]
-        self.remember(replace(self.memory, theme=self.theme))
+        self.remember(lambda memory: replace(memory, theme=self.theme))
         fixed = self.settings.theme
         self.tell(f"theme {self.theme}" + (f"; the next window has tui.toml's {fixed} again" if fixed else ""))
 

@@ -261,7 +261,7 @@ class ComposeScreen(MainScreen):
 
     def _queued(self, ids: Sequence[int], requests: Sequence[Request]) -> None:
         prompts = list(dict.fromkeys(request.prompt for request in requests))
-        self.hvlite.remember(self.hvlite.memory.with_prompts(prompts))
+        self.hvlite.remember(lambda memory: memory.with_prompts(prompts))
         numbers = f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"
         self.hvlite.tell(f"queued {numbers}; u: undo")
         if self.page.source is None:
@@ -309,12 +309,11 @@ class ComposeScreen(MainScreen):
         if answer is None:
             return
         deed, name = answer
-        memory = self.hvlite.memory
         if deed == "take":
-            self._fill_fields(memory.templates.get(name, {}))
+            self._fill_fields(self.hvlite.memory.templates.get(name, {}))
             return
-        rest = {key: form for key, form in memory.templates.items() if key != name}
-        self.hvlite.remember(replace(memory, templates={**rest, name: self.form()} if deed == "keep" else rest))
+        form = self.form() if deed == "keep" else None
+        self.hvlite.remember(lambda memory: memory.with_template(name, form))
         self.hvlite.tell(f"{'kept these settings as' if deed == 'keep' else 'dropped'} {name}")
 
     def action_reset(self) -> None:

@@ -51,6 +51,11 @@ class Memory:
         kept = dict.fromkeys([*reversed(prompts), *self.prompts])
         return replace(self, prompts=tuple(kept)[:REMEMBERED])
 
+    def with_template(self, name: str, form: dict[str, str] | None) -> "Memory":
+        """None drops it."""
+        rest = {key: kept for key, kept in self.templates.items() if key != name}
+        return replace(self, templates=rest if form is None else {**rest, name: form})
+
 
 def read_settings(file: Path | None = None) -> TuiSettings:
     """ProfileError says what is wrong with the file; none at all is fine."""
