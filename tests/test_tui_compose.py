@@ -1,6 +1,8 @@
 """The composer: from typing to jobs in the queue."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -11,7 +13,8 @@ from textual.widgets import Input, TextArea
 
 from hvlite import paths
 from hvlite.errors import QueueError
-from hvlite.jobs.job import How
+from hvlite.jobs.job import How, NewJob
+from hvlite.jobs.store import open_store
 from hvlite.tui.compose_screen import ComposeScreen
 from hvlite.tui.dialogs import Reading
 from hvlite.tui.settings import Memory, read_memory, write_memory
@@ -203,6 +206,36 @@ async def test_a_change_of_folder_takes_the_place_of_a_named_file(tmp_path: Path
         await put(hands, folder="/elsewhere")
         await hands.press("ctrl+s")
         assert (jobs()[0].folder, jobs()[0].output) == (Path("/elsewhere"), None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda job: replace(job, request=replace(job.request, steps=12)),
+        lambda job: replace(job, how=replace(job.how, profile="6g")),
+        lambda job: replace(job, folder=Path("/elsewhere")),
+        lambda job: replace(job, stop_after=2),
+    ],
+    ids=["request", "how", "folder", "draft"],
+)
+async def test_a_change_that_another_window_made_meanwhile_is_not_undone(change: Callable[[NewJob], NewJob]) -> None:
+    queue("apple")
+    async with opened() as hands:
+        await hands.press("e")
+        await put(hands, prompt="an apricot")
+        with open_store() as store:
+            store.edit([1], change)
+        (there,) = jobs()
+        await hands.press("ctrl+s")
+        assert "job 1 was changed elsewhere since it was opened here; nothing was written" in hands.told()
+        assert jobs() == [there]
+        assert screen_of(hands).prompt.text == "an apricot"
+        await hands.press("escape", "e")
+        await put(hands, prompt="an apricot")
+        await hands.press("ctrl+s")
+        (job,) = jobs()
+        assert job.prompt == "an apricot"
+        assert (job.how, job.folder, job.stop_after) == (there.how, there.folder, there.stop_after)
 
 
 async def test_n_after_a_look_at_the_queue_begins_a_new_job() -> None:

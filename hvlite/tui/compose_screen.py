@@ -16,7 +16,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.suggester import SuggestFromList
 from textual.widgets import Footer, Input, Static, TextArea
 
-from hvlite.errors import HvliteError
+from hvlite.errors import HvliteError, RequestError
 from hvlite.jobs.asking import model_of
 from hvlite.jobs.job import How, Job, NewJob, check_suffix
 from hvlite.request import Request
@@ -273,6 +273,7 @@ class ComposeScreen(MainScreen):
         request, folder = filled.requests[0], filled.folder
 
         def changed(old: NewJob) -> NewJob:
+            _check_as_opened(job, old)
             how, stop_after = asked_how(filled.how, old.how), filled.stop_after
             moved = replace(old, folder=folder, output=None) if folder != old.folder else old
             if moved.output is not None:
@@ -330,6 +331,14 @@ class ComposeScreen(MainScreen):
         if self.page.editing:
             self.give_back()
         self.hvlite.go("queue")
+
+
+def _check_as_opened(job: Job, now: NewJob) -> None:
+    """RequestError where the job is not what the form was filled from: the form would undo that change unseen."""
+    fields = ("request", "how", "folder", "stop_after")
+    if any(getattr(job, name) != getattr(now, name) for name in fields):
+        instead = "nothing was written: escape leaves this form, e on the job then opens it as it is now"
+        raise RequestError(f"job {job.id} was changed elsewhere since it was opened here; {instead}")
 
 
 def open_form(screen: ComposeScreen, job: Job, *, to_edit: bool) -> None:
