@@ -16,6 +16,7 @@ from hvlite.errors import QueueError
 from hvlite.jobs.job import How, NewJob
 from hvlite.jobs.store import open_store
 from hvlite.tui.compose_screen import ComposeScreen
+from hvlite.tui.desk import FORECAST
 from hvlite.tui.dialogs import Reading
 from hvlite.tui.settings import Memory, read_memory, write_memory
 from tests.tui_hands import NOW, Hands, end, jobs, opened, prompts, queue, run_next, store_of
@@ -134,6 +135,25 @@ async def test_the_time_is_told_from_what_was_done_and_goes_on_with_the_clock() 
         now[0] += 600
         await hands.settle()
         assert "ready 16:23" in hands.screen_text()
+
+
+async def test_the_time_is_a_bound_behind_a_long_line_and_no_time_of_day_for_a_job_in_it() -> None:
+    small = {"size": (64, 64), "frames": 17, "steps": 16}
+    (job,) = queue("apple", **small)
+    run_next()
+    end(job, seconds_per_step=3.0, timings={"denoise": 48.0, "decode": 12.0})
+    queue(*["banana"] * FORECAST, **small)
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="an apple", model="shapes", size="64x64", frames="17", steps="16")
+        assert "1 clip, 1 min 00 s; at the end of the line ready 21:01" in hands.screen_text()
+        queue("banana", **small)
+        await put(hands, seeds="5")
+        assert "at the end of the line ready after 21:01" in hands.screen_text()
+        await hands.press("escape", "e")
+        assert "change job 2" in hands.screen_text()
+        assert "1 clip, 1 min 00 s" in hands.screen_text()
+        assert "ready" not in hands.screen_text()
 
 
 @pytest.mark.parametrize("draft", ["0", "-1", "5"])

@@ -201,10 +201,11 @@ class ComposeScreen(MainScreen):
 
     async def _planned(self, filled: Filled) -> PlanWords:
         how, now = over(self.page.how, filled.how), self.hvlite.surroundings.clock()
+        behind = self.editing is None  # a job that is changed keeps its place in line
         planned = await asyncio.to_thread(lambda: plan_words(filled.requests[0], how, room_here()))
         try:
             told = await self.hvlite.desk.call(
-                lambda store: time_words(store, filled.requests, how, filled.stop_after, now)
+                lambda store: time_words(store, filled.requests, how, filled.stop_after, now, behind=behind)
             )
         except HvliteError as error:
             now = -inf  # to be planned again as soon as the queue is seen
