@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Ids = Annotated[list[str], Parameter(help="Job numbers: 3, or 3-7, or 3,5-7.")]
 Next = Annotated[bool, Parameter(name="--next", help="Put it at the head of the line.")]
 Json = Annotated[bool, Parameter(name="--json", help="One object on stdout.")]
+# Of so many new jobs the seeds are named.
+SEEDS_TOLD = 8
 
 
 def job_how(flags: ModelFlags, talk: Talk, made_with: "ModelMade | None" = None) -> How:
@@ -108,14 +110,15 @@ def opened(talk: Talk | None = None) -> Iterator[tuple[Store, Talk]]:
 
 def tell_added(store: Store, ids: Sequence[int], talk: Talk, *, json: bool) -> None:
     """What was queued: their numbers on stdout, or the jobs as JSON; the rest is talk."""
-    jobs = [store.job(number) for number in (ids if json else ids[:1])]
+    jobs = [store.job(number) for number in (ids if json else ids[:SEEDS_TOLD])]
     if json:
         print_json({"jobs": [job_json(job) for job in jobs]})
         return
     first = jobs[0]
     model = first.how.model if first.how is not None else ""
-    seed = first.request.seed if first.request is not None and len(ids) == 1 else None
-    details = f"model {model}" + ("" if seed is None else f", seed {seed}")
+    seeds = list(dict.fromkeys(str(job.request.seed) for job in jobs if job.request is not None))
+    more = ", ..." if len(ids) > len(jobs) else ""
+    details = f"model {model}, seed{'s' * (len(seeds) > 1 or bool(more))} {', '.join(seeds)}{more}"
     talk.say(f"queued {named_jobs(ids)}, number {first.position} in line ({details}): {shortened(first.prompt)}")
     tell_idle(store, talk)
     talk.result(ranges_text(ids))

@@ -143,7 +143,7 @@ def doctor(*, measure: bool = False, json: bool = False) -> int:
     Parameters
     ----------
     measure
-        First measure how fast it computes and reads (about half a minute; it should be idle), and keep the figures.
+        First measure how fast it computes and reads (a minute or two; it should be idle), and keep the figures.
     json
         One object on stdout.
     """
@@ -190,6 +190,6 @@ def rates_lines(rates: "Rates") -> list[str]:
             points = ", ".join(f"{tokens}: {rate / 1e9:.4g}" for tokens, rate in getattr(compute, what).points)
             lines.append(f"{dtype:5} {what:12} {unit:8} by tokens {points}")
     lines += [f"{weights:12} dequantised at {rate / 1e9:.3g} G weights/s" for weights, rate in rates.dequantise.items()]
-    others = (("host copy", rates.host_copy), ("host to device", rates.host_to_device), ("disk", rates.disk_read))
+    others = (("host to device", rates.host_to_device), ("disk", rates.disk_read))
     lines += [f"{what:14} {rate / 1e9:.2f} GB/s" for what, rate in others if rate is not None]
     return lines

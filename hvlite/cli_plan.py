@@ -166,10 +166,9 @@ def _trace(request: Request, profile: Profile, how: ModelFlags, tiles: AskedTile
     """What the line holds in each stage, counted."""
     talk = Talk()
     with interruptible(talk):
-        from hvlite.opened import open_model
-        from hvlite.proof import trace_clip
+        from hvlite.proof import open_on_meta, trace_clip
 
-        with open_model(how.model or REAL, profile, "meta") as model:
+        with open_on_meta(how.model or REAL, profile, setting_for(how, profile), how.files()) as model:
             peaks = trace_clip(request, model, tiles, lambda stage: talk.say(f"tracing {stage}"))
     return {peak.stage: peak for peak in peaks}
 
@@ -219,7 +218,7 @@ def _print_plan(
         rate = disk_rate()
         seconds = f"{plan.disk_bytes_per_step / rate:.1f} s at {rate / 1e9:.1f} GB/s, while others are computed"
         moved += f", {gib(plan.disk_bytes_per_step)} of them from disk ({seconds})"
-    print(f"{moved}; {gib(plan.once_bytes)} once a clip; {gib(plan.host_bytes)} of host memory for weights")
+    print(f"{moved}; {gib(plan.once_bytes)} once a clip; {gib(plan.host_bytes)} of host memory")
     print(f"decoded in tiles of {tiles_text(plan.tiles)}" if plan.spilled is None else "decoded without tiles", end="")
     print(f": {plan.decoded_volume:.2f} times the clip's volume")
     if plan.warm:

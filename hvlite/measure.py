@@ -45,7 +45,7 @@ class Effort:
     copy_bytes: int = 256 << 20
 
 
-# About a minute on two cores, a few on a card. The longest sequence attends with fewer heads, to save time.
+# A minute or two on two cores. The longest sequence attends with fewer heads, to save time.
 ON_CPU = Effort(
     matmul_tokens=(1, 16, 64, 256, 1024, 2048),
     attention_tokens=((64, 24), (256, 24), (1024, 24), (4096, 4)),
@@ -84,7 +84,6 @@ def measure_rates(device: torch.device, folder: Path, effort: Effort, tell: Call
         compute=compute,
         dequantise=dequantise,
         int8_matmul=int8_matmul,
-        host_copy=_host_copy(effort),
         host_to_device=_upload(device, effort) if device.type == "cuda" else None,
         disk_read=statistics.median(each.bytes_per_second for each in cold) if cold else None,
         disk_cpu=statistics.median(each.cpu_seconds / each.read_bytes for each in cold or disks),
@@ -200,16 +199,6 @@ def _quantised_linear(device: torch.device, weights: str, hidden: int) -> Quanti
         filled = torch.rand(tensor.shape) if tensor.dtype.is_floating_point else torch.randint(0, 127, tensor.shape)
         tensor.copy_(filled)
     return linear
-
-
-def _host_copy(effort: Effort) -> float:
-    """Bytes/s from RAM to RAM by one thread, as the reader does it."""
-    source, target = bytearray(effort.copy_bytes), bytearray(effort.copy_bytes)
-
-    def copy() -> None:
-        memoryview(target)[:] = memoryview(source)
-
-    return effort.copy_bytes / _seconds(copy, torch.device("cpu"), effort)
 
 
 def _upload(device: torch.device, effort: Effort) -> float:

@@ -322,10 +322,12 @@ class Model:
 
     def close(self) -> None:
         """Give everything back."""
-        self.end_run()
-        self.release()
-        if self.pool is not None:
-            self.pool.close()
+        try:
+            self.end_run()
+        finally:
+            self.release()
+            if self.pool is not None:
+                self.pool.close()
 
 
 def exhaust(work: Iterator[object]) -> None:

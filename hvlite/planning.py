@@ -11,7 +11,7 @@ from typing import Literal
 from hvlite.dims import HUNYUANVIDEO, ModelDims, latent_shape
 from hvlite.memory.choice import Asked, Budget, Inputs, Others
 from hvlite.memory.geometry import AUTO, AskedTiles, parse_tiles
-from hvlite.memory.needs import Clip, Knobs
+from hvlite.memory.needs import TEMPLATE_TOKENS, Clip, Knobs
 from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Stage, Stored, Task
 from hvlite.profile import (
@@ -141,6 +141,7 @@ def plan_clip(
         shape=latent_shape(resolved.size, resolved.frames, setting.dims.vae),
         steps=resolved.steps,
         prompts=2 if resolved.uses_cfg else 1,
+        template_tokens=TEMPLATE_TOKENS[resolved.template],
     )
     plan = make_plan(_inputs(clip, profile, setting, room, wishes))
     if plan.fits or wishes.knobs is None:
@@ -172,6 +173,7 @@ def _inputs(clip: Clip, profile: Profile, setting: Setting, room: Room | None, w
         ),
         budget=Budget(
             device_bytes=budget_bytes(profile, room),
+            room_bytes=max(0, room.usable_bytes - round(profile.reserve_gib * GIB)),
             host_bytes=host_budget(profile, room),
             disk_bytes=room.disk_bytes,
         ),

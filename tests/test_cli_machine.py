@@ -18,7 +18,6 @@ RATES = Rates(
     made_by="a test",
     compute={"fp32": Compute(matmul=CURVE, attention=CURVE, elementwise=CURVE)},
     dequantise={"int8": 3e9},
-    host_copy=9e9,
     disk_read=2e9,
 )
 
@@ -130,6 +129,5 @@ def test_rates_are_a_table() -> None:
         "fp32  attention    GFLOP/s  by tokens 64: 1, 1024: 2.5",
         "fp32  elementwise  GB/s     by tokens 64: 1, 1024: 2.5",
         "int8         dequantised at 3 G weights/s",
-        "host copy      9.00 GB/s",
         "disk           2.00 GB/s",
     ]

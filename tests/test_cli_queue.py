@@ -201,6 +201,13 @@ def test_a_duplicate_may_differ(hvlite: Call) -> None:
     assert third["request"]["seed"] != 4
 
 
+def test_the_seeds_of_new_jobs_are_told(hvlite: Call) -> None:
+    assert "(model shapes, seeds 4, 5)" in hvlite("queue", "add", "a", "--seed", "4", "--num-videos", "2")[2]
+    drawn = hvlite("queue", "dup", "1-2", "--new-seed")[2]
+    assert f"seeds {', '.join(str(job['request']['seed']) for job in jobs(hvlite)[2:])})" in drawn
+    assert "seeds 0, 1, 2, 3, 4, 5, 6, 7, ...)" in hvlite("queue", "add", "b", "--num-videos", "9")[2]
+
+
 def test_clear_asks_somebody_or_needs_yes(hvlite: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

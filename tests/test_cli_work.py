@@ -139,7 +139,7 @@ def test_a_second_worker_is_refused_and_told_what_is_going_on(
     claims = store.claims("first", CPU_LOCK, {None})
     code, _, err = call(capsys, "work", "--device", "cpu")
     assert code == 4
-    assert f"cpu is served by a worker (process {os.getpid()}): it waits for jobs" in err
+    assert f"cpu is served by a worker (process {os.getpid()}): it makes no clip now" in err
     claims.claim()
     claims.report(1, Progress(stage="denoise", step=17, steps=50, eta=done_at))
     code, _, err = call(capsys, "work", "--device", "cpu")

@@ -156,7 +156,7 @@ def test_a_card_that_a_worker_serves_is_left_to_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(devices, "places", lambda asked: found)
     lock = take_lock("GPU-1")
     assert lock is not None
-    with pytest.raises(Busy, match=r"cuda:1 is served by a worker .*it waits for jobs.*hvlite queue add"):
+    with pytest.raises(Busy, match=r"cuda:1 is served by a worker .*it makes no clip now.*hvlite queue add"):
         check_free("cuda:1", list)
     check_free("cuda:0", list)
     lock.close()

@@ -136,4 +136,4 @@ def test_small_parts_are_counted_to_the_byte() -> None:
 
 def test_the_longest_prompt_is_the_models() -> None:
     assert needs.TEXT_TOKENS == TEXT_TOKENS
-    assert max(template.published_crop for template in TEMPLATES.values()) == needs.TEMPLATE_TOKENS
+    assert {name: template.published_crop for name, template in TEMPLATES.items()} == needs.TEMPLATE_TOKENS

@@ -13,11 +13,12 @@ from hvlite.dims import HUNYUANVIDEO, latent_shape
 from hvlite.errors import DoesNotFit, ExitCode
 from hvlite.memory.choice import Asked, Budget, Inputs, Others
 from hvlite.memory.geometry import EXACT, Exact
-from hvlite.memory.needs import Knobs
+from hvlite.memory.needs import ITEM_BYTES, Knobs, conditioning_bytes
 from hvlite.memory.plan import Plan, make_plan
 from hvlite.memory.stages import STAGES, Choice, Stage, stage_need
 from hvlite.memory.tiers import STAGING, spread
 from hvlite.memory.tiles import PUBLISHED_TILES, TileGeometry
+from hvlite.memory.workspaces import Kind
 from tests.plans import GIB, HD, PROFILES, SMALL, clip_of, inputs_of, profile_inputs, stored
 
 BLOCKS = HUNYUANVIDEO.dit.blocks
@@ -57,7 +58,8 @@ def test_large_cards_keep_everything_between_clips() -> None:
     assert plan.bytes_per_step == 0
     slabs = plan.inputs.task.stored.slabs
     passing = [size for name, size in slabs.items() if name.startswith(("text_layers", "double", "single"))]
-    assert plan.host_bytes == STAGING * max(passing)  # through which all of it came once
+    vectors = conditioning_bytes(HUNYUANVIDEO.dit, clip_of(*HD), ITEM_BYTES["bf16"], 50)
+    assert plan.host_bytes == STAGING * max(passing) + vectors  # through which all of it came once; which wait there
     cold = make_plan(profile_inputs("6g", clip_of(*HD)))
     assert not cold.warm
     assert not cold.text_residents
@@ -175,6 +177,8 @@ def changed(inputs: Inputs, flags: str) -> Inputs:
             height, width = map(int, value.split())
             frames = (clip.shape.frames - 1) * 4 + 1
             clip = replace(clip, shape=latent_shape((height, width), frames, HUNYUANVIDEO.vae))
+        elif flag == "steps":
+            clip = replace(clip, steps=int(value))
         elif flag == "cfg-scale":
             clip = replace(clip, prompts=1)
         elif flag == "weights":
@@ -221,10 +225,31 @@ def test_what_does_not_fit_is_refused_with_changes_that_do(inputs: Inputs, stage
         assert make_plan(changed(inputs, flags)).fits
 
 
-def test_a_card_that_is_too_small_for_anything_is_told_so() -> None:
-    plan = make_plan(inputs_of(clip_of(*HD), 0.5, 12, stored("bf16", "nf4")))
-    with pytest.raises(DoesNotFit, match="No smaller clip fits either"):
-        plan.check()
+@pytest.mark.parametrize(("device_gib", "steps", "prompts"), [(4.9, 550, 2), (2.7, 1000, 1), (2.0, 1000, 1)])
+def test_too_many_steps_are_answered_with_fewer(device_gib: float, steps: int, prompts: int) -> None:
+    """Also where the clip itself is too large besides."""
+    inputs = inputs_of(clip_of(*HD, steps=steps, prompts=prompts), device_gib, 12, stored("int8", "nf4"))
+    advice = make_plan(inputs).advice()
+    assert any(re.search(r"--steps \d{3}", flags) for flags in advice)
+    assert all(make_plan(changed(inputs, flags)).fits for flags in advice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "room_gib", "words"),
+    [
+        ("cuda", None, "it needs another card"),
+        ("cuda", 0.5, "it needs another card"),
+        ("cuda", 7.5, "raise --memory, 7.50 GiB may be used here"),
+        ("cpu", 0.5, "it needs more memory"),
+        ("cpu", 20, "raise --memory, 20.00 GiB may be used here"),
+    ],
+)
+def test_where_nothing_fits_the_way_out_is_named(kind: Kind, room_gib: float | None, words: str) -> None:
+    inputs = inputs_of(clip_of(*HD), 0.5, 12, stored("bf16", "nf4"))
+    room = None if room_gib is None else round(room_gib * GIB)
+    inputs = replace(inputs, task=replace(inputs.task, kind=kind), budget=replace(inputs.budget, room_bytes=room))
+    with pytest.raises(DoesNotFit, match=rf"No smaller clip fits either: {words}\."):
+        make_plan(inputs).check()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -266,6 +291,13 @@ def test_the_host_keeps_streamed_blocks_and_the_disk_gives_the_rest(host_gib: fl
     streamed = sum(size for name, size in slabs.items() if re.match(r"(double|single)_blocks", name))
     assert plan.bytes_per_step < streamed
     assert 16.8 * GIB < streamed < 17 * GIB
+
+
+@pytest.mark.parametrize(("device_gib", "host_gib", "is_told"), [(5.2, 0, True), (22, 0, True), (22, 1, False)])
+def test_host_memory_that_is_taken_all_the_same_is_told(device_gib: float, host_gib: float, is_told: bool) -> None:
+    plan = make_plan(inputs_of(clip_of(*HD), device_gib, host_gib, stored("int8", "nf4")))
+    assert (plan.host_bytes > host_gib * GIB) == is_told
+    assert any("0.60 GiB of host memory are taken" in note for note in plan.notes) == is_told
 
 
 def test_a_plan_for_some_stages_looks_at_no_other() -> None:

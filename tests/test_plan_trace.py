@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pytest
 import torch
@@ -19,11 +19,13 @@ from hvlite.line import begin, denoise, generate
 from hvlite.memory.geometry import parse_tiles
 from hvlite.memory.plan import Plan
 from hvlite.memory.stages import STAGES
+from hvlite.memory.stages import Stage as StageName
 from hvlite.memory.trace import Trace
-from hvlite.opened import Model
+from hvlite.opened import Model, open_model
 from hvlite.origin import DimsOnly
 from hvlite.planning import Wishes
 from hvlite.profile import load_profile
+from hvlite.proof import open_on_meta, trace_clip
 from hvlite.request import Request
 from hvlite.run import Outputs, Run
 from hvlite.weights.layout import Formats
@@ -122,6 +124,41 @@ def test_the_products_dtype_is_the_profiles() -> None:
     with model_on_meta(FEW_BLOCKS, "24g", ("bf16", "fp16")) as model:
         narrow = model.plan(request_of(SMALL, 1).resolve(model.dims))
     assert plan.stage("denoise").activation_bytes > 1.8 * narrow.stage("denoise").activation_bytes
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_an_image_has_a_template_of_its_own(prompts: int) -> None:
+    """Where the text encoder is streamed, its prompt is felt beside its weights."""
+    with model_on_meta(FEW_BLOCKS, "6g", ("int8", "nf4"), memory_gib=2.4) as model:
+        check_all_but_decode(model, request_of(IMAGE, prompts))
+
+
+@pytest.mark.parametrize(
+    ("clip", "prompts", "formats"),
+    [
+        ((64, 64, 17), 2, None),
+        ((544, 960, 33), 1, None),
+        ((544, 960, 33), 1, Formats(weights="int8", text_weights="nf4")),
+    ],
+)
+def test_a_tiny_model_holds_what_is_planned(clip: Size, prompts: int, formats: Formats | None) -> None:
+    """Where blocks are narrow, the longest prompt, the noise and the latents cut in patches are what counts.
+
+    In formats that it is not packed in it is traced as it would be.
+    """
+    request, profile = request_of(clip, prompts), load_profile("8g")
+    with open_model("shapes", profile, "meta") as model:
+        setting = replace(model.setting, formats=formats)
+    with open_on_meta("shapes", profile, setting, {}) as model:
+        plan = model.plan(request.resolve(model.dims))
+        for peak in trace_clip(request, model):
+            assert plan.stage(cast(StageName, peak.stage)).live_bytes == pytest.approx(peak.peak_bytes, rel=0.02), peak
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_fp8_weights_pass_through_bf16_on_their_way_to_another_dtype(dtype: str) -> None:
+    with model_on_meta(FEW_BLOCKS, "16g", ("fp8", "fp8"), dtype=dtype) as model:
+        check_all_but_decode(model, request_of(SHORT, 2))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hvlite.dims import HUNYUANVIDEO
 from hvlite.errors import RequestError
 from hvlite.jobs.job import ENDED, OPEN, UNREADABLE, How, NewJob, Outcome, Place, Spot
 from hvlite.jobs.store import Store, open_store, ordering
+from hvlite.request import Request
 from tests.queue_hands import new_job
 from tests.refusal import refusal
 
@@ -430,6 +431,12 @@ def test_a_checkpoint_is_in_use_as_long_as_undo_may_need_it(store: Store) -> Non
     claims.give_back(job_id)
     store.remove([job_id])
     assert store.checkpoints() == {Path("/c")}
+    store.undo()
+    store.edit([job_id], lambda new: replace(new, request=Request("another")))
+    assert store.job(job_id).checkpoint is None
+    assert store.checkpoints() == {Path("/c")}
+    store.undo()
+    assert store.job(job_id).checkpoint == Path("/c")
 
 
 def test_the_version_changes_when_another_process_writes(path: Path, store: Store) -> None:

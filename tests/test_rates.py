@@ -134,8 +134,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     file = tmp_path / "home" / "rates.json"
     assert load_rates(file) is None
     save_rates(RATES, file)
-    save_rates(replace(RATES, host_copy=1.5e9), file)
-    assert load_rates(file) == replace(RATES, host_copy=1.5e9)
+    save_rates(replace(RATES, disk_read=1.5e9), file)
+    assert load_rates(file) == replace(RATES, disk_read=1.5e9)
     assert paths.rates_file().name == "rates.json"
 
 

@@ -156,7 +156,11 @@ def check_free(device: str, running: Callable[[], Sequence[Job]]) -> None:
 
 def _occupied(place: Place, running: Sequence[Job]) -> str:
     at_work = next((job for job in running if job.lock == place.lock), None)
-    doing = "it waits for jobs" if at_work is None else f"it makes job {at_work.id}{_course(at_work)}"
+    doing = (
+        "it makes no clip now (hvlite queue ls says what waits)"
+        if at_work is None
+        else f"it makes job {at_work.id}{_course(at_work)}"
+    )
     return (
         f"{place.device} is served by a worker (process {_holder(place.lock) or 'unknown'}): {doing}. "
         "Queue what you want made: hvlite queue add"

@@ -1,14 +1,15 @@
 """What to change where a clip does not fit: every change here was tried, and fits. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from hvlite.dims import latent_shape
 from hvlite.memory.choice import Asked, Inputs, Others, choose, fits
+from hvlite.memory.stages import stage_need
 
 CHANGES = 3
-# What a change takes away from the clip, to put the cheapest first; of frames and pixels it is their share. Formats by
-# the error of their weights (benchmarks/formats.py).
+# What a change takes away from the clip, to put the cheapest first; of frames, pixels and steps it is their share.
+# Formats by the error of their weights (benchmarks/formats.py).
 ANOTHER_PROFILE = 0.01
 NO_TRUE_GUIDANCE = 0.4
 FORMAT_COSTS = {
@@ -38,12 +39,17 @@ class Change:
 
 def cheapest_changes(inputs: Inputs) -> list[str]:
     """The flags of the three cheapest changes after which the clip fits; none that is another one and more."""
+    steps = _fewer_steps(inputs)
     others = inputs.others()
     changes = [*_settings(inputs), *_formats(inputs, others), *_budgets(inputs, others), *_sizes(inputs)]
     found = [change for change in changes if _fits(change.inputs)]
     found = [change for change in found if not any(other.parts < change.parts for other in found)]
-    fewer = _fewer_frames(inputs)
-    return [change.flag for change in sorted([*found, *fewer], key=lambda change: change.cost)[:CHANGES]]
+    found += _fewer_frames(inputs)
+    if steps and _fits(steps[0].inputs):
+        found += steps
+    if steps and not found:
+        return [f"{steps[0].flag} {flags}" for flags in cheapest_changes(steps[0].inputs)]
+    return [change.flag for change in sorted(found, key=lambda change: change.cost)[:CHANGES]]
 
 
 def _fits(inputs: Inputs) -> bool:
@@ -99,17 +105,41 @@ def _sizes(inputs: Inputs) -> Iterator[Change]:
 def _fewer_frames(inputs: Inputs) -> list[Change]:
     """The most that fit, if any do."""
     shape, ratio = inputs.task.clip.shape, inputs.task.dims.vae.temporal_ratio
-    low, high = 0, shape.frames  # latent frames: `low` fit (0: none known to), `high` do not
+    most = _most_below(shape.frames, lambda frames: _fits(_with_clip(inputs, frames=frames)))
+    if not most:
+        return []
+    frames = (most - 1) * ratio + 1
+    return [Change(f"--frames {frames}", 1 - most / shape.frames, _with_clip(inputs, frames=most))]
+
+
+def _fewer_steps(inputs: Inputs) -> list[Change]:
+    """The most whose vectors have room in stage schedule, where those of all steps have not."""
+    if "schedule" not in inputs.stages:
+        return []
+    cold = replace(choose(inputs), warm=frozenset())
+
+    def with_steps(steps: int) -> Inputs:
+        task = inputs.task
+        return replace(inputs, task=replace(task, clip=replace(task.clip, steps=steps)))
+
+    def has_room(steps: int) -> bool:
+        return stage_need(with_steps(steps).task, cold, "schedule").peak_bytes <= inputs.budget.device_bytes
+
+    now = inputs.task.clip.steps
+    most = 0 if has_room(now) else _most_below(now, has_room)
+    return [Change(f"--steps {most}", 1 - most / now, with_steps(most))] if most else []
+
+
+def _most_below(high: int, does: Callable[[int], bool]) -> int:
+    """The largest number below `high`, which does not fit, that does; 0: none."""
+    low = 0
     while high - low > 1:
         middle = (low + high) // 2
-        if _fits(_with_clip(inputs, frames=middle)):
+        if does(middle):
             low = middle
         else:
             high = middle
-    if not low:
-        return []
-    frames = (low - 1) * ratio + 1
-    return [Change(f"--frames {frames}", 1 - low / shape.frames, _with_clip(inputs, frames=low))]
+    return low
 
 
 def _with_clip(inputs: Inputs, *, prompts: int | None = None, **lengths: int) -> Inputs:

@@ -31,10 +31,11 @@ LEAST_GAIN = 0.08
 class Budget:
     """Bytes that a run may take: of its device, of the host for what is not there, of a disk for the time of a decode.
 
-    `disk_bytes` None: nobody has looked.
+    `room_bytes` is what it might be given of the device. None: nobody has looked.
     """
 
     device_bytes: int
+    room_bytes: int | None = None
     host_bytes: int = 0
     disk_bytes: int | None = None
 

@@ -125,7 +125,7 @@ def _freest_cuda() -> torch.device:
 
 def _checked_cuda(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
-        why = unused_card_note() or f"torch {torch.__version__} sees no CUDA device"
+        why = unused_card_note() or f"torch {torch.__version__} sees no CUDA device."
         raise DeviceError(f"device {device} is not available: {why} Use --device cpu to render without it.")
     count = torch.cuda.device_count()
     if device.index is None:

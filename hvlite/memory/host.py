@@ -1,12 +1,12 @@
 """Where the weights are that are not on the device, and how many bytes travel: of each step, and of a whole clip.
 
-Only blocks are worth the host's memory: they travel at every step. What a clip needs once (the text encoder's layers,
-the modulation, the VAE) is read when it is needed. No torch.
+Of the weights, only blocks are worth the host's memory: they travel at every step. What a clip needs once (the text
+encoder's layers, the modulation, the VAE) is read when it is needed. No torch.
 """
 
 from dataclasses import dataclass
 
-from hvlite.memory.needs import ITEM_BYTES, clip_bytes, rest_bytes
+from hvlite.memory.needs import ITEM_BYTES, clip_bytes, conditioning_bytes, rest_bytes
 from hvlite.memory.stages import Choice, Task, block_slabs, layer_slabs, modulation_slabs, resident_bytes
 from hvlite.memory.tiers import STAGING, spread, stays_in_slot
 
@@ -15,7 +15,9 @@ from hvlite.memory.tiers import STAGING, spread, stays_in_slot
 class HostPlan:
     """`pinned` are indexes of blocks. Bytes from disk are part of the bytes that travel.
 
-    `once_bytes` is what a clip needs one time, and what resident blocks take if they are not there yet.
+    `host_bytes`: pinned blocks, the buffers that the others pass through, and the vectors of all steps; the last two
+    also where the budget is less. `once_bytes` is what a clip needs one time, and what resident blocks take if they
+    are not there yet.
     """
 
     pinned: tuple[int, ...]
@@ -31,13 +33,13 @@ def plan_host(task: Task, choice: Choice, budget_bytes: int) -> HostPlan:
     names = block_slabs(task.dims.dit)
     streamed = [index for index in range(len(names)) if index not in choice.residents]
     sizes = {index: task.stored.slabs[names[index]] for index in streamed} if task.stored.is_streamed else {}
-    once, passing = _once_bytes(task, choice), _largest_passing(task, choice)
+    once, passing, waiting = _once_bytes(task, choice), _largest_passing(task, choice), _waiting_bytes(task)
     if stays_in_slot(len(sizes)) or task.kind == "cpu":
         # each is loaded once; a CPU reads slabs from disk straight into the slots
         step = 0 if stays_in_slot(len(sizes)) else sum(sizes.values())
         return HostPlan(
             pinned=(),
-            host_bytes=0 if task.kind == "cpu" else STAGING * max([passing, *sizes.values()]),
+            host_bytes=0 if task.kind == "cpu" else waiting + STAGING * max([passing, *sizes.values()]),
             wanted_bytes=0,
             bytes_per_step=step,
             disk_bytes_per_step=step,
@@ -49,7 +51,7 @@ def plan_host(task: Task, choice: Choice, budget_bytes: int) -> HostPlan:
     for count in range(len(order), -1, -1):
         pinned = tuple(order[place] for place in spread(count, len(order)))
         staged = max([passing, *(size for index, size in sizes.items() if index not in pinned)])
-        host = sum(sizes[index] for index in pinned) + STAGING * staged
+        host = waiting + sum(sizes[index] for index in pinned) + STAGING * staged
         if host <= budget_bytes:
             break
     return HostPlan(
@@ -60,6 +62,11 @@ def plan_host(task: Task, choice: Choice, budget_bytes: int) -> HostPlan:
         disk_bytes_per_step=sum(size for index, size in sizes.items() if index not in pinned),
         once_bytes=once,
     )
+
+
+def _waiting_bytes(task: Task) -> int:
+    """The conditioning of all steps, which waits beside a card until its step comes."""
+    return conditioning_bytes(task.dims.dit, task.clip, ITEM_BYTES[task.dtype], task.clip.steps)
 
 
 def _largest_passing(task: Task, choice: Choice) -> int:

@@ -6,6 +6,7 @@ below a megabyte (biases, single vectors) are left out.
 """
 
 # S tokens (video first, text after)  L text tokens  D hidden  c tokens of a chunk  T steps
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -13,9 +14,9 @@ from hvlite.dims import SINUSOID_WIDTH, ClipDims, DitDims, LatentShape, LlamaDim
 
 FP32 = 4
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Longest prompt, and the longer of the two templates before it (model.text).
+# Longest prompt, and what each template puts before it (model.text).
 TEXT_TOKENS = 256
-TEMPLATE_TOKENS = 95
+TEMPLATE_TOKENS: Mapping[str, int] = {"video": 95, "image": 36}
 # A chunk's tail of fewer tokens joins the chunk before it (model.ops.token_chunks).
 SHORTEST_TAIL = 64
 # Tokens that are multiplied at a time as integers, and the shortest tail of them (quant.int8).
@@ -32,11 +33,17 @@ class Clip:
     steps: int
     prompts: int = 1
     text_tokens: int = TEXT_TOKENS
+    template_tokens: int = max(TEMPLATE_TOKENS.values())
 
     @property
     def tokens(self) -> int:
         """Of the joint sequence."""
         return self.shape.tokens + self.text_tokens
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Of a prompt in its template, as the language model reads it."""
+        return self.template_tokens + self.text_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +170,7 @@ def block_scratch(dims: DitDims, clip: Clip, product: Product) -> int:
 def denoise_activations(dims: DitDims, clip: Clip, knobs: Knobs, product: Product) -> int:
     """Of the line's steps: Dit.run_block, with the streams of all prompts side by side, and one step's conditioning.
 
-    Dit.embed and Dit.head hold less than a block: in place of its attention's output another stream, or nothing.
+    Where a stream is narrow, Dit.embed may hold more than a block, and Dit.head: the latents cut in patches, and again.
     """
     item = product.item
     stream = clip.tokens * dims.hidden * item
@@ -179,9 +186,13 @@ def denoise_activations(dims: DitDims, clip: Clip, knobs: Knobs, product: Produc
     )
     projecting, finishing = project_bytes(chunk, dims, knobs, product), finish_bytes(chunk, dims, product)
     if knobs.head_groups == 1:
-        return always + max(projecting, group, group + finishing)
-    attended = stream
-    return always + attended + max(projecting, group, finishing)
+        block = max(projecting, group, group + finishing)
+    else:
+        attended = stream
+        block = attended + max(projecting, group, finishing)
+    narrow = latent_bytes(dims, clip, item)
+    embedding = latent_bytes(dims, clip) + (narrow if item < FP32 else 0)
+    return always + max(block, embedding, 2 * narrow)
 
 
 def rest_bytes(dims: DitDims, item: int) -> int:
@@ -221,14 +232,18 @@ def _refiner_block(dims: DitDims) -> list[tuple[int, int]]:
 def schedule_activations(dims: DitDims, clip: Clip, product: Product) -> int:
     """Of Dit.prepare_schedule: everything that it makes, and what modulation or the refiner needs while it is made.
 
-    The texts come in, [L,text_width] each; of every step silu(vec) [1,D] is kept until all modulation is done.
+    The texts come in; of every step silu(vec) [1,D] is kept until all modulation is done.
     """
     item, hidden = product.item, dims.hidden
-    texts = clip.prompts * clip.text_tokens * dims.text_width * item
     vectors = clip.prompts * clip.steps * hidden * item
-    scratch = product.scratch(1, hidden, 6 * hidden)
+    modulating = product.scratch(1, hidden, 6 * hidden) + product.run(1, hidden, 6 * hidden)
     made = conditioning_bytes(dims, clip, item, clip.steps)
-    return made + texts + vectors + max(scratch, refiner_bytes(dims, clip, item))
+    return made + texts_bytes(dims, clip, item) + vectors + max(modulating, refiner_bytes(dims, clip, item))
+
+
+def texts_bytes(dims: DitDims, clip: Clip, item: int) -> int:
+    """What the text encoder says of every prompt, [L,text_width]."""
+    return clip.prompts * clip.text_tokens * dims.text_width * item
 
 
 def refiner_bytes(dims: DitDims, clip: Clip, item: int) -> int:
@@ -247,24 +262,26 @@ def clip_bytes(dims: ClipDims, item: int) -> int:
     return item * (embeddings + dims.layers * layer + 2 * hidden)
 
 
-def text_activations(dims: LlamaDims, prompts: int, product: Product) -> int:
+def text_activations(dims: LlamaDims, clip: Clip, product: Product) -> int:
     """Of model.text.encode_texts: the states of all prompts, and a layer at work on one of them.
 
     CLIP runs first, with less. A layer's attention is counted as torch computes it on meta, without a fused kernel: in
-    fp32, with all scores and with keys and values repeated for every head; a card needs less.
+    fp32, with a mask and all scores and with keys and values repeated for every head; a card needs less.
     """
-    item, tokens = product.item, TEMPLATE_TOKENS + TEXT_TOKENS
+    item, tokens = product.item, clip.encoded_tokens
     stream = tokens * dims.hidden
     keys = stream // dims.heads * dims.kv_heads
     scores = tokens * tokens * dims.heads
     narrow = item if item < FP32 else 0  # what fp32 is made of, where it is not fp32 already
-    attention = scores * (FP32 + item) + 5 * stream * FP32 + 2 * keys * (FP32 + narrow) + 2 * stream * narrow
+    mask = tokens * tokens * FP32
+    attention = mask + 4 * stream * FP32 + 2 * keys * (FP32 + narrow) + stream * narrow
+    attention += max(2 * scores * FP32, (scores + stream) * (FP32 + narrow))  # at the softmax; at the product after it
     middle = tokens * dims.mlp_hidden * item
     widest = max(
         product.run(tokens, *shape) for shape in ((dims.hidden, dims.mlp_hidden), (dims.mlp_hidden, dims.hidden))
     )
     mlp = stream * item + middle + max(2 * middle, widest)  # the sum with attention; gate, up and their product
-    states = (prompts + 1) * stream * item  # every prompt's, and the norm of the one at work
-    rotary = prompts * 2 * tokens * dims.hidden // dims.heads * item
+    states = (clip.prompts + 1) * stream * item  # every prompt's, and the norm of the one at work
+    rotary = clip.prompts * 2 * tokens * dims.hidden // dims.heads * item
     scratch = product.scratch(tokens, dims.hidden, dims.mlp_hidden)
     return states + rotary + scratch + max(attention, mlp)

@@ -81,8 +81,15 @@ class Plan:
         if self.fits:
             return
         changes = self.advice()
-        advice = f"Try {', or '.join(changes)}." if changes else "No smaller clip fits either: it needs another card."
+        advice = f"Try {', or '.join(changes)}." if changes else f"No smaller clip fits either: {self._way_out()}."
         raise DoesNotFit(f"{self._shortage()}. {advice}")
+
+    def _way_out(self) -> str:
+        """Where no change of the clip helps."""
+        budget = self.inputs.budget
+        if budget.room_bytes is not None and budget.room_bytes > budget.device_bytes:
+            return f"raise --memory, {_size(budget.room_bytes)} may be used here"
+        return "it needs more memory" if self.inputs.task.kind == "cpu" else "it needs another card"
 
     def _shortage(self) -> str:
         """What there is too little of, with both numbers."""
@@ -171,7 +178,12 @@ def _notes(inputs: Inputs, choice: Choice, host: HostPlan) -> list[str]:
     if host.disk_bytes_per_step and inputs.task.kind == "cuda":
         notes.append(
             f"{host.disk_bytes_per_step / GIB:.1f} of {host.wanted_bytes / GIB:.1f} GiB of streamed blocks are read "
-            f"from disk at every step: {inputs.budget.host_bytes / GIB:.1f} GiB of host memory may hold weights"
+            f"from disk at every step: {inputs.budget.host_bytes / GIB:.1f} GiB of host memory may be used"
+        )
+    if host.host_bytes > inputs.budget.host_bytes:
+        notes.append(
+            f"{_size(host.host_bytes)} of host memory are taken, though {_size(inputs.budget.host_bytes)} may be used: "
+            "the vectors of all steps wait there, and weights pass through it from disk"
         )
     if "decode" not in inputs.stages:
         return notes

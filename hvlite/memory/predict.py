@@ -13,7 +13,7 @@ from math import inf
 from typing import Literal
 
 from hvlite.memory.choice import steps_left
-from hvlite.memory.needs import TEMPLATE_TOKENS, TEXT_TOKENS, Product, rest_bytes
+from hvlite.memory.needs import Product, rest_bytes
 from hvlite.memory.plan import Plan
 from hvlite.memory.rates import NOT_DEQUANTISED, BlockWork, Rates, block_seconds
 from hvlite.memory.stages import block_slabs, layer_slabs, modulation_slabs, resident_bytes
@@ -192,7 +192,7 @@ def _layer_work(plan: Plan, rates: Rates, reading: float) -> list[Work]:
     dims = task.dims.llama
     keys = dims.hidden // dims.heads * dims.kv_heads
     weights = 2 * dims.hidden * (dims.hidden + keys) + 3 * dims.hidden * dims.mlp_hidden
-    tokens = TEMPLATE_TOKENS + TEXT_TOKENS
+    tokens = task.clip.encoded_tokens
     own = task.clip.prompts * _product_seconds(rates, task.text_product, weights, tokens)
     source: Source = "device" if plan.text_residents else "disk"
     sizes = task.stored.bytes_of(layer_slabs(dims))

@@ -62,8 +62,8 @@ class Rates:
     """One machine. `made_by` says what was measured, and with what.
 
     `disk_read` is from the disk itself, not from the page cache; `disk_cpu` are the seconds of a core that reading a
-    byte costs. `host_copy` is one thread's. `dequantise` is in weights per second, by format; `int8_matmul` is for
-    int8-dynamic. `others_cores` is what other processes took of the CPU meanwhile. None: not known.
+    byte costs. `dequantise` is in weights per second, by format; `int8_matmul` is for int8-dynamic. `others_cores` is
+    what other processes took of the CPU meanwhile. None: not known.
     """
 
     format: int = FORMAT
@@ -71,7 +71,6 @@ class Rates:
     compute: Mapping[str, Compute]
     dequantise: Mapping[str, float] = field(default_factory=dict)
     int8_matmul: Curve | None = None
-    host_copy: float | None = None
     host_to_device: float | None = None
     disk_read: float | None = None
     disk_cpu: float = 0.0
@@ -260,8 +259,8 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", name.lower())
 
 
-def card_rates(card: CardFigures, *, disk_read: float | None = None, host_copy: float | None = None) -> Rates:
-    """What is to be expected of a card by its public figures, in a machine with that disk and memory."""
+def card_rates(card: CardFigures, *, disk_read: float | None = None) -> Rates:
+    """What is to be expected of a card by its public figures, in a machine with that disk."""
     half = _product_curve(card, card.half_tflops, 2)
     attention = Curve(((256, card.half_tflops * 1e12 * card.shares.attention),))
     compute = Compute(matmul=half, attention=attention, elementwise=Curve(((1, card.memory_gbs * 1e9),)))
@@ -272,7 +271,6 @@ def card_rates(card: CardFigures, *, disk_read: float | None = None, host_copy: 
         compute={"bf16": compute, "fp16": compute},
         dequantise={weights: card.memory_gbs * 1e9 / nbytes for weights, nbytes in dequantise.items()},
         int8_matmul=_product_curve(card, card.int8_tops, 1),
-        host_copy=host_copy,
         host_to_device=card.pcie_gbs * 1e9 * PCIE_SHARE,
         disk_read=disk_read,
     )

@@ -28,6 +28,7 @@ from hvlite.memory.needs import (
     schedule_activations,
     step_bytes,
     text_activations,
+    texts_bytes,
 )
 from hvlite.memory.tiers import slot_sizes
 from hvlite.memory.workspaces import Kind
@@ -178,11 +179,17 @@ def _text_weights(task: Task, choice: Choice) -> int:
 
 def _schedule_weights(task: Task, choice: Choice) -> int:
     """All but the blocks, whose modulation passes through a ring, and the blocks that an earlier clip left there."""
-    rest = rest_bytes(task.dims.dit, ITEM_BYTES[task.dtype])
     if not task.stored.is_streamed:
-        return rest + _whole_blocks(task)
-    ring = slot_sizes(task.stored.bytes_of(modulation_slabs(task.dims.dit)))
-    return rest + sum(ring) + (resident_bytes(task, choice.residents) if "dit" in choice.warm else 0)
+        return rest_bytes(task.dims.dit, ITEM_BYTES[task.dtype]) + _whole_blocks(task)
+    stays = step_bytes(task.dims.dit, ITEM_BYTES[task.dtype])
+    return stays + _passing_bytes(task) + (resident_bytes(task, choice.residents) if "dit" in choice.warm else 0)
+
+
+def _passing_bytes(task: Task) -> int:
+    """What of a streamed transformer is there for its schedule alone."""
+    dims, item = task.dims.dit, ITEM_BYTES[task.dtype]
+    ring = slot_sizes(task.stored.bytes_of(modulation_slabs(dims)))
+    return rest_bytes(dims, item) - step_bytes(dims, item) + sum(ring)
 
 
 def _denoise_weights(task: Task, choice: Choice) -> int:
@@ -221,18 +228,25 @@ def _kept_bytes(task: Task, choice: Choice, part: Part) -> int:
 
 
 def _text_activations(task: Task, choice: Choice) -> int:
-    return text_activations(task.dims.llama, task.clip.prompts, task.text_product)
+    return text_activations(task.dims.llama, task.clip, task.text_product)
 
 
 def _schedule_activations(task: Task, choice: Choice) -> int:
-    return schedule_activations(task.dims.dit, task.clip, task.product)
+    """At its end the noise is made, beside the texts and what waits for the steps, in place of weights that pass."""
+    dims, clip, item = task.dims.dit, task.clip, task.product.item
+    ending = texts_bytes(dims, clip, item) + _waiting_bytes(task) + latent_bytes(dims, clip)
+    gone = _passing_bytes(task) if task.stored.is_streamed else 0
+    return max(schedule_activations(dims, clip, task.product), ending - gone)
 
 
 def _denoise_activations(task: Task, choice: Choice) -> int:
+    return _waiting_bytes(task) + denoise_activations(task.dims.dit, task.clip, choice.knobs, task.product)
+
+
+def _waiting_bytes(task: Task) -> int:
     """The conditioning of all steps waits on the host, which a CPU is itself."""
-    dims, clip, product = task.dims.dit, task.clip, task.product
-    waiting = conditioning_bytes(dims, clip, product.item, clip.steps) if task.kind == "cpu" else 0
-    return waiting + denoise_activations(dims, clip, choice.knobs, product)
+    clip = task.clip
+    return conditioning_bytes(task.dims.dit, clip, task.product.item, clip.steps) if task.kind == "cpu" else 0
 
 
 def _decode_activations(task: Task, choice: Choice) -> int:

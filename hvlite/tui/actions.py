@@ -68,7 +68,7 @@ ACTIONS = (
     Action("queue.new", "n", "new", "write a prompt", "hvlite queue add PROMPT", shown=True),
     Action("queue.edit", "e", "edit", "change a waiting job", "hvlite queue edit {id}", shown=True),
     Action("queue.duplicate", "d", "duplicate", "queue the same again", "hvlite queue dup {id}"),
-    Action("queue.new_seed", "s", "new seed", "queue it again with another seed", "hvlite queue dup {id} --seed -1"),
+    Action("queue.new_seed", "s", "new seed", "queue it again with another seed", "hvlite queue dup {id} --new-seed"),
     Action("queue.retry", "r", "retry", "queue a failed or cancelled job again", "hvlite queue retry {id}", shown=True),
     Action("queue.finish", "f", "finish", "render a draft to its end", "hvlite queue finish {id}", shown=True),
     Action("queue.move_up", "K,shift+up", "up", "earlier in line", "hvlite queue mv {id} --up"),
@@ -104,7 +104,7 @@ ACTIONS = (
     # The gallery.
     Action("gallery.open", "o", "play", "play the file", shown=True),
     Action("gallery.reuse", "e", "reuse", "a new clip with these settings", "hvlite gen --like FILE", shown=True),
-    Action("gallery.new_seed", "s", "new seed", "queue it again with another seed", "hvlite queue dup {id} --seed -1"),
+    Action("gallery.new_seed", "s", "new seed", "queue it again with another seed", "hvlite queue dup {id} --new-seed"),
     Action("gallery.finish", "f", "finish", "render a draft to its end", "hvlite queue finish {id}", shown=True),
     Action("gallery.remove", "x,delete", "remove", "off the list; the file stays; u brings it back"),
     Action("gallery.whole", "enter", "settings", "everything about a clip", "hvlite info FILE", shown=True),

@@ -15,7 +15,8 @@ from hvlite.jobs.job import Job
 from hvlite.tui import words
 
 LOCKS = Path("/proc/locks")
-COMMAND = (sys.executable, "-m", "hvlite.cli", "work")
+# -P: a folder in which somebody opens this window must not lend it its modules.
+COMMAND = (sys.executable, "-P", "-m", "hvlite.cli", "work")
 # Ends that were asked for; failed jobs are told of one by one.
 ORDERLY = (ExitCode.DONE, ExitCode.SOME_FAILED, 130, 143)
 # A worker says that it lives every second or so; a block of a large clip may keep it for longer.

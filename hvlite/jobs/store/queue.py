@@ -121,8 +121,10 @@ class Store:
     def checkpoints(self) -> set[Path]:
         """Every checkpoint that a job, or an undo, may still need."""
         with self.database.reading() as connection:
-            rows = connection.execute("SELECT checkpoint FROM job WHERE checkpoint IS NOT NULL")
-            return {Path(row["checkpoint"]) for row in rows}
+            rows = connection.execute(
+                "SELECT checkpoint FROM job UNION SELECT json_extract(before, '$.checkpoint') FROM change"
+            )
+            return {Path(row["checkpoint"]) for row in rows if row["checkpoint"] is not None}
 
     # Acting.
 
