@@ -31,7 +31,7 @@ from hvlite.tui.frame import Banner, MainScreen, Top
 from hvlite.tui.graphics import widget_for
 from hvlite.tui.pausing import lift, pause_words, turn
 from hvlite.tui.queue_screen import QueueScreen
-from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
+from hvlite.tui.settings import Memory, TuiSettings, change_memory, read_memory, read_settings
 from hvlite.tui.surroundings import LOOK_SECONDS, Surroundings
 
 T = TypeVar("T")
@@ -218,9 +218,7 @@ class HvliteApp(App[None]):
 
     def remember(self, change: Callable[[Memory], Memory]) -> None:
         """Change what is kept now, another window's prompts and templates among it."""
-        memory = change(read_memory())
-        fault = write_memory(memory)
-        self.memory = memory if fault is None else change(self.memory)
+        self.memory, fault = change_memory(self.memory, change)
         if fault is not None:
             self.tell(fault, severity="warning")
 
