@@ -1,6 +1,11 @@
 """The composer: from typing to jobs in the queue."""
 
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -8,10 +13,12 @@ from textual.widgets import Input, TextArea
 
 from hvlite import paths
 from hvlite.errors import QueueError
-from hvlite.jobs.job import How
+from hvlite.jobs.job import How, NewJob
+from hvlite.jobs.store import open_store
 from hvlite.tui.compose_screen import ComposeScreen
+from hvlite.tui.desk import FORECAST
 from hvlite.tui.dialogs import Reading
-from hvlite.tui.settings import Memory, read_memory
+from hvlite.tui.settings import Memory, read_memory, write_memory
 from tests.tui_hands import NOW, Hands, end, jobs, opened, prompts, queue, run_next, store_of
 
 pytestmark = pytest.mark.asyncio
@@ -49,6 +56,33 @@ async def test_a_prompt_is_typed_and_queued() -> None:
         assert request is not None
         assert request.size == (64, 96)
         assert hands.app.current_mode == "queue"
+
+
+async def test_the_same_key_twice_queues_once() -> None:
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="an apple")
+        store, go_on = store_of(hands.app), Event()
+        add = store.add
+
+        def slow(*args: Any, **kwargs: Any) -> list[int]:
+            assert go_on.wait(60)
+            return add(*args, **kwargs)
+
+        with mock.patch.object(store, "add", side_effect=slow) as asked:
+            await hands.pilot.press("ctrl+s")
+            while not asked.called:
+                await asyncio.sleep(0.002)
+            await hands.pilot.press("ctrl+s")
+            assert "still writing what was asked before" in hands.told()
+            go_on.set()
+            await hands.settle()
+        screen = hands.app._screen_stacks["compose"][0]
+        assert isinstance(screen, ComposeScreen)
+        screen.prompt.text = "half written"
+        screen.action_add()
+        await hands.settle()
+        assert prompts() == ["an apple"]
 
 
 async def test_next_in_line_and_several_at_once() -> None:
@@ -101,6 +135,25 @@ async def test_the_time_is_told_from_what_was_done_and_goes_on_with_the_clock() 
         now[0] += 600
         await hands.settle()
         assert "ready 16:23" in hands.screen_text()
+
+
+async def test_the_time_is_a_bound_behind_a_long_line_and_no_time_of_day_for_a_job_in_it() -> None:
+    small = {"size": (64, 64), "frames": 17, "steps": 16}
+    (job,) = queue("apple", **small)
+    run_next()
+    end(job, seconds_per_step=3.0, timings={"denoise": 48.0, "decode": 12.0})
+    queue(*["banana"] * FORECAST, **small)
+    async with opened() as hands:
+        await hands.press("2")
+        await put(hands, prompt="an apple", model="shapes", size="64x64", frames="17", steps="16")
+        assert "1 clip, 1 min 00 s; at the end of the line ready 21:01" in hands.screen_text()
+        queue("banana", **small)
+        await put(hands, seeds="5")
+        assert "at the end of the line ready after 21:01" in hands.screen_text()
+        await hands.press("escape", "e")
+        assert "change job 2" in hands.screen_text()
+        assert "1 clip, 1 min 00 s" in hands.screen_text()
+        assert "ready" not in hands.screen_text()
 
 
 @pytest.mark.parametrize("draft", ["0", "-1", "5"])
@@ -187,6 +240,36 @@ async def test_a_change_of_folder_takes_the_place_of_a_named_file(tmp_path: Path
         assert (jobs()[0].folder, jobs()[0].output) == (Path("/elsewhere"), None)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda job: replace(job, request=replace(job.request, steps=12)),
+        lambda job: replace(job, how=replace(job.how, profile="6g")),
+        lambda job: replace(job, folder=Path("/elsewhere")),
+        lambda job: replace(job, stop_after=2),
+    ],
+    ids=["request", "how", "folder", "draft"],
+)
+async def test_a_change_that_another_window_made_meanwhile_is_not_undone(change: Callable[[NewJob], NewJob]) -> None:
+    queue("apple")
+    async with opened() as hands:
+        await hands.press("e")
+        await put(hands, prompt="an apricot")
+        with open_store() as store:
+            store.edit([1], change)
+        (there,) = jobs()
+        await hands.press("ctrl+s")
+        assert "job 1 was changed elsewhere since it was opened here; nothing was written" in hands.told()
+        assert jobs() == [there]
+        assert screen_of(hands).prompt.text == "an apricot"
+        await hands.press("escape", "e")
+        await put(hands, prompt="an apricot")
+        await hands.press("ctrl+s")
+        (job,) = jobs()
+        assert job.prompt == "an apricot"
+        assert (job.how, job.folder, job.stop_after) == (there.how, there.folder, there.stop_after)
+
+
 async def test_n_after_a_look_at_the_queue_begins_a_new_job() -> None:
     queue("apple")
     async with opened() as hands:
@@ -249,6 +332,35 @@ async def test_prompts_come_back_across_sessions() -> None:
         assert screen_of(hands).prompt.text == "second"
 
 
+async def test_the_next_prompt_is_another_one_with_the_same_settings() -> None:
+    async with opened() as hands:
+        await hands.press("n")
+        await hands.type("gap 0")
+        await put(hands, steps="8")
+        await hands.press("tab", "ctrl+s", "n")
+        await hands.type("gap 1")
+        await hands.press("ctrl+s")
+        assert prompts("queued") == ["gap 0", "gap 1"]
+        assert [job.request.steps for job in jobs("queued") if job.request is not None] == [8, 8]
+        await hands.press("n", "ctrl+up")
+        assert screen_of(hands).prompt.text == "gap 1"
+
+
+async def test_what_is_half_written_is_the_entry_after_the_newest_prompt() -> None:
+    async with opened(memory=Memory(prompts=("second", "first"), templates={"quick": {"steps": "8"}})) as hands:
+        await hands.press("2", "ctrl+down")
+        await hands.type("half")
+        await hands.press("ctrl+up", "ctrl+up", "ctrl+up")
+        assert screen_of(hands).prompt.text == "first"
+        await hands.type("x")
+        await hands.press("ctrl+down", "ctrl+t", "enter")
+        assert (screen_of(hands).prompt.text, screen_of(hands).form()) == ("second", {"steps": "8"})
+        await hands.press("ctrl+down", "ctrl+down")
+        assert screen_of(hands).prompt.text == "half"
+        await hands.press("ctrl+up", "ctrl+up")
+        assert screen_of(hands).prompt.text == "xfirst"
+
+
 async def test_settings_are_kept_under_a_name_taken_and_dropped() -> None:
     async with opened() as hands:
         await hands.press("2")
@@ -263,6 +375,35 @@ async def test_settings_are_kept_under_a_name_taken_and_dropped() -> None:
         assert screen_of(hands).form() == {"size": "64x64", "steps": "8"}
         await hands.press("ctrl+t", "delete")
         assert read_memory().templates == {}
+
+
+async def test_two_windows_keep_what_each_of_them_remembers() -> None:
+    both = {"dropped": {"steps": "3"}, "shared": {"steps": "4"}}
+    assert write_memory(Memory(prompts=("old",), templates=both)) is None
+    async with opened(memory=read_memory()) as hands:
+        here, there = {"steps": "8"}, {"steps": "9"}
+        await hands.press("2")
+        await put(hands, prompt="here", steps="8")
+        other = read_memory().with_prompts(["there"]).with_template("theirs", there).with_template("shared", None)
+        assert write_memory(other) is None
+        await hands.press("ctrl+t", "delete", "ctrl+t", "shift+tab")
+        await hands.type("ours")
+        await hands.press("enter", "ctrl+s", "t")
+    found = read_memory()
+    assert found.prompts == ("here", "there", "old")
+    assert found.templates == {"theirs": there, "ours": here}
+    assert found.theme is not None
+
+
+async def test_what_cannot_be_kept_is_remembered_as_long_as_the_window_is_open() -> None:
+    paths.tui_state_file().mkdir(parents=True)
+    async with opened() as hands:
+        for prompt in ("first", "second"):
+            await hands.press("n")
+            await put(hands, prompt=prompt)
+            await hands.press("ctrl+s")
+        assert "cannot be written" in hands.told()
+        assert hands.app.memory.prompts == ("second", "first")
 
 
 async def test_a_damaged_queue_takes_nothing_away_from_what_was_written() -> None:

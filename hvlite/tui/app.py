@@ -31,7 +31,7 @@ from hvlite.tui.frame import Banner, MainScreen, Top, warning
 from hvlite.tui.graphics import widget_for
 from hvlite.tui.pausing import lift, turn
 from hvlite.tui.queue_screen import QueueScreen
-from hvlite.tui.settings import Memory, TuiSettings, read_memory, read_settings, write_memory
+from hvlite.tui.settings import Memory, TuiSettings, change_memory, read_memory, read_settings
 from hvlite.tui.surroundings import LOOK_SECONDS, Surroundings
 
 T = TypeVar("T")
@@ -212,9 +212,9 @@ class HvliteApp(App[None]):
         """A note in the corner, for some seconds."""
         self.notify(text, severity=severity, markup=False, timeout=5 if severity == "information" else 10)
 
-    def remember(self, memory: Memory) -> None:
-        self.memory = memory
-        fault = write_memory(memory)
+    def remember(self, change: Callable[[Memory], Memory]) -> None:
+        """Change what is kept now, another window's prompts and templates among it."""
+        self.memory, fault = change_memory(self.memory, change)
         if fault is not None:
             self.tell(fault, severity="warning")
 
@@ -333,7 +333,7 @@ class HvliteApp(App[None]):
     def action_theme(self) -> None:
         at = THEMES.index(self.theme) if self.theme in THEMES else -1
         self.theme = THEMES[(at + 1) % len(THEMES)]
-        self.remember(replace(self.memory, theme=self.theme))
+        self.remember(lambda memory: replace(memory, theme=self.theme))
         fixed = self.settings.theme
         self.tell(f"theme {self.theme}" + (f"; the next window has tui.toml's {fixed} again" if fixed else ""))
 

@@ -4,7 +4,7 @@ A job that is changed, or made again, takes the form for a while: what was half 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as made
 from math import inf
@@ -16,7 +16,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.suggester import SuggestFromList
 from textual.widgets import Footer, Input, Static, TextArea
 
-from hvlite.errors import HvliteError
+from hvlite.errors import HvliteError, RequestError
 from hvlite.jobs.asking import model_of
 from hvlite.jobs.job import How, Job, NewJob, check_suffix
 from hvlite.request import Request
@@ -96,7 +96,8 @@ class ComposeScreen(MainScreen):
         self.page, self.draft = Page(), Page()
         self.filled = Filled(faults={"prompt": ""})
         self.warned: Filled | None = None
-        self._back_in_time = -1
+        self._entries: list[str] = []
+        self._entry = 0
         self._planned_at = inf
 
     def compose(self) -> ComposeResult:
@@ -149,12 +150,17 @@ class ComposeScreen(MainScreen):
 
     def fill(self, page: Page) -> None:
         """Put these values into the form, in place of what is there."""
-        self.page = page
-        with self.prevent(Input.Changed, TextArea.Changed):
+        self.page, self._entries = page, []
+        with self.prevent(TextArea.Changed):
             self.prompt.text = page.prompt
-            for box in self.query(".field Input").results(Input):
-                box.value = page.form.get(box.id or "", "")
         self.query_one("#form-title", Static).update(page.title)
+        self._fill_fields(page.form)
+
+    def _fill_fields(self, form: Mapping[str, str]) -> None:
+        """The settings; the prompt stays."""
+        with self.prevent(Input.Changed):
+            for box in self.query(".field Input").results(Input):
+                box.value = form.get(box.id or "", "")
         self.prompt.focus()
         self._check()
 
@@ -195,10 +201,11 @@ class ComposeScreen(MainScreen):
 
     async def _planned(self, filled: Filled) -> PlanWords:
         how, now = over(self.page.how, filled.how), self.hvlite.surroundings.clock()
+        behind = self.editing is None  # a job that is changed keeps its place in line
         planned = await asyncio.to_thread(lambda: plan_words(filled.requests[0], how, room_here()))
         try:
             told = await self.hvlite.desk.call(
-                lambda store: time_words(store, filled.requests, how, filled.stop_after, now)
+                lambda store: time_words(store, filled.requests, how, filled.stop_after, now, behind=behind)
             )
         except HvliteError as error:
             now = -inf  # to be planned again as soon as the queue is seen
@@ -215,6 +222,12 @@ class ComposeScreen(MainScreen):
         self._queue(first=True)
 
     def _queue(self, *, first: bool) -> None:
+        if self.hvlite.front is not self:
+            return  # a second key in the same burst: the first one has left this screen
+        if self.hvlite.undone_work:
+            busy = "the queue is still writing what was asked before; this key was left out"
+            self.hvlite.tell(busy, severity="warning")
+            return
         filled = read_form(self.form(), self.prompt.text, self.hvlite.draw_seed)
         if filled.faults:
             self.hvlite.tell("; ".join(filled.faults.values()), severity="error")
@@ -249,10 +262,11 @@ class ComposeScreen(MainScreen):
 
     def _queued(self, ids: Sequence[int], requests: Sequence[Request]) -> None:
         prompts = list(dict.fromkeys(request.prompt for request in requests))
-        self.hvlite.remember(self.hvlite.memory.with_prompts(prompts))
+        self.hvlite.remember(lambda memory: memory.with_prompts(prompts))
         numbers = f"job {ids[0]}" if len(ids) == 1 else f"jobs {ids[0]} to {ids[-1]}"
         self.hvlite.tell(f"queued {numbers}; u: undo")
-        self._back_in_time = -1
+        if self.page.source is None:
+            self.fill(Page(form=self.form()))  # the next prompt is another one, with the same settings
         self.give_back()
         self.hvlite.go("queue")
 
@@ -260,6 +274,7 @@ class ComposeScreen(MainScreen):
         request, folder = filled.requests[0], filled.folder
 
         def changed(old: NewJob) -> NewJob:
+            _check_as_opened(job, old)
             how, stop_after = asked_how(filled.how, old.how), filled.stop_after
             moved = replace(old, folder=folder, output=None) if folder != old.folder else old
             if moved.output is not None:
@@ -281,10 +296,13 @@ class ComposeScreen(MainScreen):
         self._recall(-1)
 
     def _recall(self, step: int) -> None:
-        prompts = self.hvlite.memory.prompts
-        self._back_in_time = max(-1, min(self._back_in_time + step, len(prompts) - 1))
-        if prompts:
-            self.prompt.text = prompts[self._back_in_time] if self._back_in_time >= 0 else ""
+        """Through what was queued, newest first; entry 0 is what was being written, and every change stays for now."""
+        if not self._entries:
+            self._entries, self._entry = ["", *self.hvlite.memory.prompts], 0
+        to = max(0, min(self._entry + step, len(self._entries) - 1))
+        if to != self._entry:
+            self._entries[self._entry] = self.prompt.text
+            self._entry, self.prompt.text = to, self._entries[to]
 
     def action_template(self) -> None:
         self.app.push_screen(Templates(self.hvlite.memory.templates), self._use_template)
@@ -294,12 +312,11 @@ class ComposeScreen(MainScreen):
         if answer is None:
             return
         deed, name = answer
-        memory = self.hvlite.memory
         if deed == "take":
-            self.fill(replace(self.page, prompt=self.prompt.text, form=memory.templates.get(name, {})))
+            self._fill_fields(self.hvlite.memory.templates.get(name, {}))
             return
-        rest = {key: form for key, form in memory.templates.items() if key != name}
-        self.hvlite.remember(replace(memory, templates={**rest, name: self.form()} if deed == "keep" else rest))
+        form = self.form() if deed == "keep" else None
+        self.hvlite.remember(lambda memory: memory.with_template(name, form))
         self.hvlite.tell(f"{'kept these settings as' if deed == 'keep' else 'dropped'} {name}")
 
     def action_reset(self) -> None:
@@ -316,6 +333,14 @@ class ComposeScreen(MainScreen):
         if self.page.editing:
             self.give_back()
         self.hvlite.go("queue")
+
+
+def _check_as_opened(job: Job, now: NewJob) -> None:
+    """RequestError where the job is not what the form was filled from: the form would undo that change unseen."""
+    fields = ("request", "how", "folder", "stop_after")
+    if any(getattr(job, name) != getattr(now, name) for name in fields):
+        instead = "nothing was written: escape leaves this form, e on the job then opens it as it is now"
+        raise RequestError(f"job {job.id} was changed elsewhere since it was opened here; {instead}")
 
 
 def open_form(screen: ComposeScreen, job: Job, *, to_edit: bool) -> None:

@@ -88,18 +88,26 @@ def _lines(plan: Plan) -> list[str]:
     return lines
 
 
-def time_words(store: Store, requests: Sequence[Request], how: How, stop_after: int | None, now: float) -> str:
-    """How long these clips take, and when the last of them would be done behind all that waits."""
+def time_words(
+    store: Store, requests: Sequence[Request], how: How, stop_after: int | None, now: float, *, behind: bool
+) -> str:
+    """How long these clips take; `behind` all that waits, when the last of them would be done too."""
     clips = words.counted(len(requests), "clip")
     history = History(store.page(("done",), limit=LEARN_FROM))
     seconds = [history.seconds(request, how, stop_after=stop_after) for request in requests]
     known = [each for each in seconds if each is not None]
     if not known or len(known) != len(seconds):
         return f"{clips}; how long it takes is known once a clip with these weights is done"
-    end = None
-    if store.settings().queue == "active":
-        ends = finish_times(store.page(("running",)), store.page(("queued",), limit=FORECAST), history, now)
-        end = now if not ends else queue_end(ends)
     each = f", {words.duration(known[0])} each" if len(known) > 1 else ""
-    ready = "" if end is None else f"; at the end of the line ready {words.clock(end + sum(known), now)}"
+    ready = _ready(store, history, sum(known), now) if behind else ""
     return f"{clips}, {words.duration(sum(known))}{each}{ready}"
+
+
+def _ready(store: Store, history: History, seconds: float, now: float) -> str:
+    """When as much more work at the end of the line is done; "" where nothing tells, or nothing starts."""
+    if store.settings().queue != "active":
+        return ""
+    ends = finish_times(store.page(("running",)), store.page(("queued",), limit=FORECAST), history, now)
+    end = now if not ends else queue_end(ends)
+    more = "after " if store.counts()["queued"] > FORECAST else ""
+    return "" if end is None else f"; at the end of the line ready {more}{words.clock(end + seconds, now)}"

@@ -11,6 +11,7 @@ pictures = "kitty"              # how frames are drawn: "blocks" (by default); "
 import difflib
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,11 @@ class Memory:
     def with_prompts(self, prompts: list[str]) -> "Memory":
         kept = dict.fromkeys([*reversed(prompts), *self.prompts])
         return replace(self, prompts=tuple(kept)[:REMEMBERED])
+
+    def with_template(self, name: str, form: dict[str, str] | None) -> "Memory":
+        """None drops it."""
+        rest = {key: kept for key, kept in self.templates.items() if key != name}
+        return replace(self, templates=rest if form is None else {**rest, name: form})
 
 
 def read_settings(file: Path | None = None) -> TuiSettings:
@@ -107,3 +113,13 @@ def write_memory(memory: Memory, file: Path | None = None) -> str | None:
     except OutputError as error:
         return str(error)
     return None
+
+
+def change_memory(own: Memory, change: Callable[[Memory], Memory]) -> tuple[Memory, str | None]:
+    """Change what the file holds now, to which other windows write too -> what is kept, and why not.
+
+    Where it cannot be written, `own` is what goes on, in this window alone.
+    """
+    memory = change(read_memory())
+    fault = write_memory(memory)
+    return (memory, None) if fault is None else (change(own), fault)
