@@ -295,6 +295,15 @@ def test_the_farewell_comes_when_the_screen_is_closed(
     assert tui() == 0
     assert capsys.readouterr().err.startswith("the worker (process 4711) goes on;")
 
+    def paused(app: HvliteApp) -> None:
+        shown(app)
+        with open_store() as store:
+            store.pause()
+
+    monkeypatch.setattr(HvliteApp, "run", paused)
+    assert tui() == 0
+    assert capsys.readouterr().err.endswith("1 job waits and the queue is paused: hvlite queue resume\n")
+
 
 @pytest.mark.asyncio
 async def test_tabs_can_be_clicked() -> None:

@@ -23,7 +23,7 @@ from hvlite.jobs.job import Job
 from hvlite.jobs.store import Store
 from hvlite.tui import ends, outside, workers
 from hvlite.tui.actions import NO_KEY, actions_of, bindings
-from hvlite.tui.desk import Desk, View
+from hvlite.tui.desk import Desk, View, view_now
 from hvlite.tui.device_strip import DeviceStrip
 from hvlite.tui.dialogs import Question, Reading
 from hvlite.tui.ends import Severity
@@ -394,7 +394,7 @@ def tui() -> int:
     settings = read_settings()
     app = HvliteApp(settings, read_memory(), Surroundings(graphic=widget_for(settings.pictures)))
     app.run()
-    said = ends.farewell(app.view, app.at_work(), app.ending)
+    said = ends.farewell(view_now(app.view), app.at_work(), app.ending)
     if said is not None:
         sys.stderr.write(f"{said}\n")
     return app.return_code or 0

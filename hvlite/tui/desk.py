@@ -7,10 +7,11 @@ What a user does is a function of the store, done on the same thread in the orde
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from hvlite.errors import QueueError, RequestError
+from hvlite.errors import HvliteError, QueueError, RequestError
 from hvlite.jobs.job import ENDED, OPEN, Job, Settings, State
 from hvlite.jobs.store import Store, open_store
 
@@ -117,6 +118,15 @@ class Desk:
         if self._store is not None:
             self._store.close()
             self._store = None
+
+
+def view_now(seen: View | None) -> View | None:
+    """The totals as they are by now, for a window that has closed; what was `seen` last where they cannot be read."""
+    with suppress(HvliteError):
+        if seen is not None:
+            with open_store() as store:
+                return look(store, Wanted(states=()), seen.at)
+    return seen
 
 
 def look(store: Store, wanted: Wanted, now: float, before: View | None = None) -> View:
