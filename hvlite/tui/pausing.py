@@ -17,7 +17,7 @@ def turn(store: Store, *, now: bool) -> str:
     if paused.queue == "paused":
         return "the queue is paused"
     held = workers.held_locks()
-    if all(workers.is_gone(job, held) for job in running):
+    if running and all(workers.is_gone(job, held) for job in running):
         left = words.named([job.id for job in running])
         return f"the queue is paused; the worker of {left} is gone: W starts a new one, which goes on"
     return "the running job stops and goes on later" if now else "nothing starts after the running job"
