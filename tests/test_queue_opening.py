@@ -67,6 +67,27 @@ def test_many_processes_may_make_it_at_once(path: Path) -> None:
         assert store.counts()["queued"] == 3
 
 
+def test_one_that_another_made_a_moment_ago_is_opened_while_it_stays_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes, others = opening._takes, list[Store]()
+
+    def late(lock: int, kind: int) -> bool:
+        if kind == fcntl.LOCK_EX and not others:
+            with monkeypatch.context() as patch:
+                patch.setattr(opening, "_takes", takes)
+                others.append(open_store(path))
+        return takes(lock, kind)
+
+    monkeypatch.setattr(opening, "_takes", late)
+    with open_store(path) as store:
+        assert store.notes == []
+        (other,) = others
+        with other:
+            other.add([new_job("a")])
+            assert store.counts()["queued"] == 1
+
+
 def test_one_from_a_newer_version_is_refused_and_not_touched(path: Path) -> None:
     filled(path)
     raw(path, f"PRAGMA user_version = {len(MIGRATIONS) + 1}")

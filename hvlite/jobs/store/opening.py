@@ -51,13 +51,19 @@ def open_database(path: Path | None = None, clock: Clock = time.time, migrations
         lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     try:
         notes: list[str] = []
-        _lock(lock, fcntl.LOCK_SH, path)
-        if _needs_work(path, migrations):
+        ends = time.monotonic() + ALONE_SECONDS
+        while not _takes(lock, fcntl.LOCK_SH) or _needs_work(path, migrations):
             fcntl.flock(lock, fcntl.LOCK_UN)  # two that wait for each other's shared one would never be alone
-            _lock(lock, fcntl.LOCK_EX, path)
-            with explained_sql(path):
-                _work(path, clock, migrations, notes)
-            _lock(lock, fcntl.LOCK_SH, path)
+            if _takes(lock, fcntl.LOCK_EX):
+                with explained_sql(path):
+                    _work(path, clock, migrations, notes)
+            elif time.monotonic() > ends:
+                raise Busy(
+                    f"{path} has to be made, migrated or repaired, and other hvlite processes have it open: "
+                    "stop the worker and the terminal UI, then try again"
+                )
+            else:  # whoever has it may be making it, and then go on with it
+                time.sleep(0.02)
         with explained_sql(path):
             return Database(path, connect(path), lock, clock, notes)
     except BaseException:
@@ -74,20 +80,13 @@ def _check_place(path: Path) -> None:
     make_folder(path.parent)
 
 
-def _lock(lock: int, kind: int, path: Path) -> None:
-    """Take or exchange the lock beside the file; Busy if others hold it for longer than a short command does."""
-    ends = time.monotonic() + ALONE_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > ends:
-                raise Busy(
-                    f"{path} has to be made, migrated or repaired, and other hvlite processes have it open: "
-                    "stop the worker and the terminal UI, then try again"
-                ) from None
-            time.sleep(0.02)
+def _takes(lock: int, kind: int) -> bool:
+    """Take or exchange the lock beside the file, if nobody is in the way."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _needs_work(path: Path, migrations: Migrations) -> bool:
