@@ -66,7 +66,7 @@ def plan_command(
         room=room,
         wishes=Wishes(tiles=tiles),
         rates=rates_for(card, setting, profile),
-        traced=_trace(request, profile, how, tiles) if verify else None,
+        traced=_trace(request, profile, setting, how, tiles) if verify else None,
     )
     return show_plan(shown, as_json=json)
 
@@ -162,13 +162,15 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
-def _trace(request: Request, profile: Profile, how: ModelFlags, tiles: AskedTiles) -> "dict[str, StagePeak]":
+def _trace(
+    request: Request, profile: Profile, setting: Setting, how: ModelFlags, tiles: AskedTiles
+) -> "dict[str, StagePeak]":
     """What the line holds in each stage, counted."""
     talk = Talk()
     with interruptible(talk):
         from hvlite.proof import open_on_meta, trace_clip
 
-        with open_on_meta(how.model or REAL, profile, setting_for(how, profile), how.files()) as model:
+        with open_on_meta(how.model or REAL, profile, setting, how.files()) as model:
             peaks = trace_clip(request, model, tiles, lambda stage: talk.say(f"tracing {stage}"))
     return {peak.stage: peak for peak in peaks}
 

@@ -31,7 +31,7 @@ from hvlite.jobs.opening import open_asked
 from hvlite.jobs.port import Port, Terminated
 from hvlite.jobs.wire import Ended, Holds, Kept, Packed, Planned, Render, spoken
 from hvlite.line import encode_prompts, generate, prompts_of, wishes_of
-from hvlite.memory.device import choose_device, forget_peak, held_bytes, tensor_bytes
+from hvlite.memory.device import choose_device, held_bytes, tensor_bytes
 from hvlite.memory.geometry import parse_tiles
 from hvlite.model.text import PromptStates
 from hvlite.opened import Model
@@ -144,7 +144,7 @@ class Renderer:
         )
         if order.stop_after is not None and order.stop_after >= resolved.steps:
             self._note(f"no draft: it has {resolved.steps} steps, and was to stop after {order.stop_after}")
-        _forget_peak(model)
+        _forget_peak()
         resume = clip.checkpoint if resumes else None
         stream = generate(order.request, model, outputs=outputs, prompts=prompts, resume=resume)
         return self._follow(clip, model, stream)
@@ -326,9 +326,8 @@ def left_when_asked(port: Port) -> Iterator[None]:
         hook.remove()
 
 
-def _forget_peak(model: Model) -> None:
-    """Count what this clip takes, not what an earlier one did."""
-    forget_peak(model.device)
+def _forget_peak() -> None:
+    """Count what this clip takes of the host, not what an earlier one did; of a card, `generate` counts."""
     with suppress(OSError):  # 5: the kernel forgets the peak of this process
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
